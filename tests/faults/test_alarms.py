@@ -45,17 +45,17 @@ STEPS = {
     "gradient_split": (
         {"gradient/split_error": 0.35},
         {"gradient/split_error": 0.04},
-        "the gradient of smaller micro-batches is another one, by 35% of its norm",
+        "smaller micro-batches change the gradient by 35% of its norm",
     ),
     "extreme_ratios": (
         {"rl/extreme_ratio_share": 0.5, "sampler/extreme_ratio_share": 0.1},
         {"rl/extreme_ratio_share": 0.05},
-        "50% of the tokens have a ratio of the policy and the behavior policy (term rl)",
+        "50% of the tokens have a probability ratio of the policy and the behavior policy (term rl)",
     ),
     "effective_samples": (
         {"sampler/ess_responses": 0.45, "behavior/ess_responses": 0.4},
         {"sampler/ess_responses": 0.5, "behavior/ess_responses": 0.9},
-        "worth only 40% as many of the current policy, because updates have moved it; lower optimizer.lr",
+        "only 40% of the number of rollouts, because updates have moved the policy; lower optimizer.lr",
     ),
 }
 

@@ -70,8 +70,8 @@ def test_a_whole_checkpoint_has_a_manifest_of_every_file(checkpoint):
 DAMAGE = {
     "a bit": (lambda c: flip(c / SHARD), f"{SHARD} is not what was written in step 2"),
     "the last byte": (lambda c: flip(c / SHARD, 1 - 1e-9), f"{SHARD} is not what was written"),
-    "a cut file": (lambda c: (c / SHARD).write_bytes((c / SHARD).read_bytes()[:-1]), f"{SHARD} is not as long"),
-    "an empty file": (lambda c: (c / SHARD).write_bytes(b""), f"{SHARD} is not as long"),
+    "a cut file": (lambda c: (c / SHARD).write_bytes((c / SHARD).read_bytes()[:-1]), f"the size of {SHARD}"),
+    "an empty file": (lambda c: (c / SHARD).write_bytes(b""), f"the size of {SHARD}"),
     "a missing file": (lambda c: (c / SHARD).unlink(), f"{SHARD} is missing"),
     "another step's file": (
         lambda c: shutil.copy(c.parent / "step_000001" / SHARD, c / SHARD),
@@ -85,7 +85,7 @@ DAMAGE = {
         lambda c: (shutil.rmtree(c), shutil.copytree(c.parent / "step_000001", c)),
         "manifest.json is of step 1",
     ),
-    "one more file": (lambda c: shutil.copy(c / SHARD, c / "zero_pp_rank_0_mp_rank_01.pt"), "does not belong"),
+    "one more file": (lambda c: shutil.copy(c / SHARD, c / "zero_pp_rank_0_mp_rank_01.pt"), "is not in manifest.json"),
     "no manifest": (lambda c: (c / MANIFEST).unlink(), "manifest.json is missing"),
     "half a manifest": (lambda c: (c / MANIFEST).write_bytes((c / MANIFEST).read_bytes()[:99]), "manifest.json"),
     "a list as manifest": (lambda c: (c / MANIFEST).write_text("[1]"), "manifest.json"),
@@ -94,7 +94,7 @@ DAMAGE = {
         lambda c: (c / MANIFEST).write_text(
             json.dumps({"format": 2, "step": 2, "files": dict.fromkeys(names(c), "x")})
         ),
-        "is not as long",
+        "is not that in manifest.json",
     ),
 }
 
@@ -201,7 +201,7 @@ def test_a_limit_at_the_end_or_the_start(tmp_path, limit, file):
 def test_a_disk_without_room_for_the_next_checkpoint(whole, tmp_path):
     folder = interrupted(whole, tmp_path / "run", step=2)
     message = refused(*STEPS, f"output={folder}", limits=("free=9000000",))
-    assert "the checkpoint of step 3 needs 0.01 GiB, and 0.01 GiB are free" in message
+    assert "the checkpoint of step 3 needs 0.01 GiB, but only 0.01 GiB are free" in message
     assert f"continues from the last checkpoint, {folder / 'checkpoints' / 'step_000002'}" in message
     assert lines(folder / "metrics.jsonl")[-1]["step"] == 3
 

@@ -147,17 +147,17 @@ def test_a_signal_that_no_step_has_is_refused() -> None:
     """It used to leave the variable as it is, with a warning in each step."""
     check_signals(gated("Wanting"))
     check_signals(gated("Critical", "ppo"))
-    message = "algo.terms.rl.gate: Misspelled wants 'rewards/mean', .*did you mean 'reward/mean'"
+    message = "algo.terms.rl.gate: Misspelled needs 'rewards/mean', .*did you mean 'reward/mean'"
     with pytest.raises(ConfigError, match=message):
         check_signals(gated("Misspelled"))
-    with pytest.raises(ConfigError, match="algo.terms.rl.gate: Critical wants 'critic/loss', and 'grpo' has no such"):
+    with pytest.raises(ConfigError, match="algo.terms.rl.gate: Critical needs 'critic/loss', but 'grpo' has no such"):
         check_signals(gated("Critical"))
 
 
 def test_a_run_refuses_it(capsys: pytest.CaptureFixture[str]) -> None:
     gate = f"algo.terms.rl.gate={{_target_: {__name__}.Misspelled}}"
     assert main(["algo=grpo", gate, "output=new"]) == 2
-    assert "error: algo.terms.rl.gate: Misspelled wants 'rewards/mean'" in capsys.readouterr().err
+    assert "error: algo.terms.rl.gate: Misspelled needs 'rewards/mean'" in capsys.readouterr().err
 
 
 def test_the_metrics_that_a_gate_may_want_are_those_of_the_documentation() -> None:

@@ -1,4 +1,4 @@
-"""What a layer keeps from its forward pass for the backward pass, and what it computes again."""
+"""Activation checkpointing: what a layer stores for the backward pass, and what it recomputes."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 Checkpointing = Literal["none", "selective", "full"]
 
-#: Matrix products, and the place of the left factor among their arguments.
+#: Matrix product → position of its left factor among the arguments.
 _PRODUCTS = {torch.ops.aten.mm.default: 0, torch.ops.aten.addmm.default: 1}
-#: A product whose inner dimension is smaller, as that of a LoRA adapter's B, is cheaper to compute again than to keep.
+#: A product with a smaller inner dimension, as with a LoRA adapter's B, is cheaper to recompute than to store.
 _LEAST_INNER = 64
 _ATTENTION = (
     "aten._scaled_dot_product_flash_attention",
@@ -30,10 +30,10 @@ _ATTENTION = (
 def checkpoint_activations(network: PreTrainedModel, mode: Checkpointing, has_adapters: bool = False) -> None:
     """Recomputes activations of each layer in the backward pass instead of storing them.
 
-    'full' stores a layer's input and computes all else again. 'selective' also stores the results of attention and of
-    matrix products, and computes norms, rotary embeddings, activation functions and sums again. It computes no product
-    twice, except the small ones of LoRA adapters. The output of the MLP is not stored, because no gradient needs it;
-    with adapters it is, because the second pass would otherwise compute it on the way to the adapter's.
+    'full' stores a layer's input and recomputes everything else. 'selective' also stores the results of attention and
+    of matrix products, and recomputes norms, rotary embeddings, activation functions and sums. It computes no product
+    twice, except the small ones of LoRA adapters. It does not store the output of the MLP, because no gradient needs
+    it. With adapters it does, because recomputing the adapter's product would also recompute that output.
     """
     if mode == "none":
         return
@@ -56,7 +56,7 @@ def _contexts(policy: Any) -> Any:
 
 
 def _policy(without: int | None, context: Any, operation: Any, *arguments: Any, **_: Any) -> CheckpointPolicy:
-    """Whether to keep the result of an operation; a product of the inner dimension `without` is not kept."""
+    """Whether to store the result of an operation; a product with the inner dimension `without` is recomputed."""
     if operation in _PRODUCTS:
         inner = arguments[_PRODUCTS[operation]].shape[1]
         keep = inner >= _LEAST_INNER and inner != without

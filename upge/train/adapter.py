@@ -1,4 +1,4 @@
-"""LoRA adapters of a causal LM through PEFT: made in place, switched off for the base model, merged by name, saved.
+"""LoRA adapters of a causal LM through PEFT: adding them in place, disabling, merging and saving them.
 
 An adapted layer computes W x + (alpha / rank) · B A x (arXiv 2106.09685) with W fixed. B is zero at first, so the
 policy starts as the base model.
@@ -49,13 +49,13 @@ class Weight(NamedTuple):
 
     @property
     def merging_bytes(self) -> int:
-        """The most bytes that `merged` takes at a time: the float32 sum, and for another dtype a float32 copy of W."""
+        """The peak memory of `merged` in bytes: the float32 sum, and for other dtypes also a float32 copy of W."""
         if self.adapter is None:
             return 0
         return (4 if self.parameter.dtype == torch.float32 else 8) * self.parameter.numel()
 
     def merged(self) -> Tensor:
-        """W + scale · B·A in W's dtype; the sum is computed in float32 at least."""
+        """W + scale · B·A in W's dtype; the sum is computed in at least float32."""
         weight = self.parameter.detach()
         if self.adapter is None:
             return weight
@@ -65,14 +65,14 @@ class Weight(NamedTuple):
 
 
 class Adapter:
-    """Adapters in the linear layers of `network`, which is changed in place; only they require a gradient then.
+    """Adapters in the linear layers of `network`, which is changed in place: only the adapters then require gradients.
 
-    Dropout applies to passes with gradient only, so that log-probs of the same policy can be compared.
+    Dropout applies only to passes with gradient, so that log-probs of the same policy can be compared.
 
     Args:
         network: the causal LM, before or after DeepSpeed has partitioned it.
         config: rank, scale, dropout and target modules; the rank is above 0.
-        seed: of the first values of A and of dropout.
+        seed: for the initial values of A and for dropout.
 
     Raises:
         ConfigError: a target module is not a linear layer below the output embedding, or PEFT is not installed.
@@ -90,7 +90,7 @@ class Adapter:
             task_type="CAUSAL_LM",
         )
         with random_state_kept(), warnings.catch_warnings():
-            # PEFT warns that tied weights could be changed by an adapter; none is made for embeddings.
+            # PEFT warns that an adapter could change tied weights, but embeddings get no adapter.
             warnings.simplefilter("ignore")
             torch.manual_seed(stream_seed("adapter", seed))
             self._peft: Any = peft.get_peft_model(network, settings, autocast_adapter_dtype=False)
@@ -122,13 +122,13 @@ class Adapter:
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Within the block the network is the base model."""
+        """Disables the adapters in the block, so that the network is the base model."""
         with self._peft.disable_adapter():
             yield
 
     @contextmanager
     def dropout(self, *place: int) -> Iterator[None]:
-        """Switches dropout on in passes with gradient; its random numbers follow from the seed and from `place`."""
+        """Enables dropout in passes with gradient; its random numbers follow from the seed and from `place`."""
         if not self._dropouts:
             yield
             return
@@ -148,19 +148,19 @@ def target_modules(network: PreTrainedModel, config: LoraConfig) -> list[str]:
     """The names of the layers that get adapters, as PEFT takes them: the last parts of the layers' names.
 
     Raises:
-        ConfigError: a given name fits no linear layer below the output embedding.
+        ConfigError: no linear layer below the output embedding has a given name.
     """
     trunk = network.base_model
     known = {name.rpartition(".")[2] for name, module in trunk.named_modules() if isinstance(module, nn.Linear)}
     for name in config.target_modules:
         if name not in known:
             fix = f"{nearest(str(name), known)} (the linear layers below the output embedding)"
-            raise ConfigError(f"found {name!r}, which no linear layer is called; {fix}", _TARGETS)
+            raise ConfigError(f"found {name!r}, but no linear layer has this name; {fix}", _TARGETS)
     return sorted(set(config.target_modules) or known)
 
 
 def planned_weights(network: PreTrainedModel, config: LoraConfig) -> list[Weight]:
-    """What `Adapter.weights` would return; `network` is left unchanged, and the adapters have no data.
+    """What `Adapter.weights` would return, without changing `network`; the adapters have no data.
 
     Raises:
         ConfigError: as for `target_modules`.
@@ -183,7 +183,7 @@ def planned_weights(network: PreTrainedModel, config: LoraConfig) -> list[Weight
 
 
 def _peft() -> Any:
-    """The package."""
+    """The package `peft`."""
     try:
         import peft
     except ImportError as error:

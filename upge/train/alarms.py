@@ -1,8 +1,8 @@
-"""Alarms: what a run notices about itself and says in one line, once for each kind.
+"""Alarms: problems that a run detects in its metrics. Each alarm is reported once per run, in one line.
 
-An alarm is a function from a step's metrics to a problem, or None. It is raised when it has found one in `alarms.steps`
-steps in a row (no_signal: in `alarms.no_signal`; gradient_split: at once). The main rank prints it and writes it to
-alarms.jsonl; `stop.alarms` names those that also stop the run.
+An alarm is a function from a step's metrics to a problem, or None. It is raised when it finds a problem in
+`alarms.steps` steps in a row (no_signal: in `alarms.no_signal`; gradient_split: in one). The main rank prints it and
+writes it to alarms.jsonl; `stop.alarms` names those that also stop the run.
 """
 
 from __future__ import annotations
@@ -20,38 +20,37 @@ Metrics = Mapping[str, float | None]
 class AlarmConfig(Settings):
     """The limits of the alarms. docs/running.md says what each means; `stop.alarms` turns them into stops."""
 
-    steps: int = key(3, "raise an alarm after N such steps in a row", minimum=1, limit=10**6)
+    steps: int = key(3, "raise an alarm when its problem occurs in N steps in a row", minimum=1, limit=10**6)
     truncated: float = key(
-        0.5, "share of rollouts cut at rollout.max_response_tokens above which to raise it", minimum=0, maximum=1
+        0.5, "raise above this share of rollouts cut at rollout.max_response_tokens", minimum=0, maximum=1
     )
-    no_signal: int = key(10, "raise it after N steps in a row in which no prompt had a signal", minimum=1, limit=10**6)
-    sampler_drift: float = key(
-        2.0, "largest |log π_trainer - log π_sampler| of a token above which to raise it", above=0
-    )
-    entropy: float = key(0.01, "entropy of the rollouts (nats) below which to raise it", minimum=0)
-    same_answer: float = key(
-        0.9, "share of rollouts with one and the same answer above which to raise it", minimum=0, maximum=1
-    )
+    no_signal: int = key(10, "raise after N steps in a row in which no prompt had a signal", minimum=1, limit=10**6)
+    sampler_drift: float = key(2.0, "raise above this |log π_trainer - log π_sampler| of any token", above=0)
+    entropy: float = key(0.01, "raise below this entropy of the rollouts, in nats", minimum=0)
+    same_answer: float = key(0.9, "raise above this share of rollouts with the same answer", minimum=0, maximum=1)
     verifier_errors: float = key(
-        0.1, "share of rollouts without a verdict (error, timeout) above which to raise it", minimum=0, maximum=1
+        0.1, "raise above this share of rollouts without a verdict (error, timeout)", minimum=0, maximum=1
     )
     demonstrations_dropped: float = key(
-        0.5, "share of prompts that lost all demonstrations to the limit above which to raise it", minimum=0, maximum=1
+        0.5,
+        "raise above this share of prompts all of whose demonstrations exceeded the length limit",
+        minimum=0,
+        maximum=1,
     )
     demonstrations_cut: float = key(
-        0.05, "share of demonstrations without a stop token at their end above which to raise it", minimum=0, maximum=1
+        0.05, "raise above this share of demonstrations that do not end with a stop token", minimum=0, maximum=1
     )
     gradient_split: float = key(
-        0.05, "relative distance of the gradients of two splits into micro-batches above which to raise it", minimum=0
+        0.05, "raise above this relative difference of the gradients of two splits into micro-batches", minimum=0
     )
     extreme_ratios: float = key(
         0.05,
-        "share of tokens whose probability changed by more than a factor of 2 above which to raise it",
+        "raise above this share of tokens whose probability changed by more than a factor of 2",
         minimum=0,
         maximum=1,
     )
     effective_samples: float = key(
-        0.5, "effective share of the rollouts' responses below which to raise it", minimum=0, maximum=1
+        0.5, "raise below this effective sample size of the responses, relative to their number", minimum=0, maximum=1
     )
 
 
@@ -99,7 +98,7 @@ def _verifier_errors(metrics: Metrics, limits: AlarmConfig) -> str | None:
     share = metrics.get("verify/failed_share")
     if share is None or share <= limits.verifier_errors:
         return None
-    what = f"{share:.0%} of the rollouts got no verdict, and so the smallest reward"
+    what = f"{share:.0%} of the rollouts got no verdict and therefore the smallest reward"
     return f"{what}; see `status` in rollouts/, and verify.time_limit"
 
 
@@ -119,7 +118,7 @@ def _demonstrations_cut(metrics: Metrics, limits: AlarmConfig) -> str | None:
         return None
     return (
         f"{share:.0%} of the demonstrations end without a stop token, so the policy does not learn to stop; raise "
-        "rollout.max_response_tokens, or check what has cut them"
+        "rollout.max_response_tokens, or check what cut them off"
     )
 
 
@@ -128,8 +127,8 @@ def _gradient_split(metrics: Metrics, limits: AlarmConfig) -> str | None:
     if error is None or error <= limits.gradient_split:
         return None
     return (
-        f"the gradient of smaller micro-batches is another one, by {error:.0%} of its norm: an update depends on "
-        "optimizer.micro_batch_tokens, which it must not; run `upge doctor`, and report it"
+        f"smaller micro-batches change the gradient by {error:.0%} of its norm, but an update must not depend on "
+        "optimizer.micro_batch_tokens; run `upge doctor`, and report this as a bug"
     )
 
 
@@ -140,13 +139,16 @@ def _extreme_ratios(metrics: Metrics, limits: AlarmConfig) -> str | None:
     name = max(shares, key=lambda one: shares[one] or 0.0).rpartition("/")[0]
     which = "trainer and sampler" if name == "sampler" else "the policy and the behavior policy"
     which += "" if name in _PAIRS else f" (term {name})"
-    return f"{share:.0%} of the tokens have a ratio of {which} outside [1/2, 2]; lower optimizer.lr or optimizer.epochs"
+    what = f"{share:.0%} of the tokens have a probability ratio of {which} outside [1/2, 2]"
+    if name == "sampler":
+        return f"{what}; check precision and engine (`upge doctor`), or correct for it with correction=tis"
+    return f"{what}; lower optimizer.lr, optimizer.epochs or optimizer.mini_batches"
 
 
-#: The pair of policies → which they are, and the corrections to add.
+#: The pair of policies → why they differ, and the corrections to add.
 _PAIRS = {
-    "sampler": ("the trainer's policy, because the sampler's differs", "correction=tis, or correction=mis to drop the"),
-    "behavior": ("the current policy, because updates have moved it", "correction=sequence_mask to drop the"),
+    "sampler": ("the sampler's policy differs from the trainer's", "correction=tis, or correction=mis to drop"),
+    "behavior": ("updates have moved the policy", "correction=sequence_mask to drop"),
 }
 
 
@@ -158,12 +160,12 @@ def _effective_samples(metrics: Metrics, limits: AlarmConfig) -> str | None:
     why, correction = _PAIRS[pair]
     smaller = "" if pair == "sampler" else "lower optimizer.lr, optimizer.epochs or optimizer.mini_batches, or "
     return (
-        f"the rollouts are worth only {shares[pair]:.0%} as many of {why}; {smaller}add {correction} responses that "
-        "are too far off"
+        f"the effective sample size is only {shares[pair]:.0%} of the number of rollouts, because {why}; "
+        f"{smaller}add {correction} responses that are too far off-policy"
     )
 
 
-#: Name → what it finds in a step. The names are those of `AlarmConfig` and of `stop.alarms`.
+#: Name → the function that finds the problem. The names are those of `AlarmConfig` and of `stop.alarms`.
 ALARMS: dict[str, Callable[[Metrics, AlarmConfig], str | None]] = {
     "truncated": _truncated,
     "no_signal": _no_signal,
@@ -179,7 +181,7 @@ ALARMS: dict[str, Callable[[Metrics, AlarmConfig], str | None]] = {
 }
 
 
-#: Steps in a row that must show the problem, where these are not `alarms.steps`. A split is measured in few steps.
+#: How many steps in a row must show the problem, if not `alarms.steps`. The split is measured only every N steps.
 _IN_A_ROW: dict[str, Callable[[AlarmConfig], int]] = {
     "no_signal": lambda limits: limits.no_signal,
     "gradient_split": lambda limits: 1,
@@ -190,9 +192,9 @@ def raised(recent: Sequence[Metrics], limits: AlarmConfig, steps: int) -> dict[s
     """Name → problem of the alarms that the last of these steps raises.
 
     Args:
-        recent: the metrics of steps in a row, the newest last.
-        limits: when to raise each.
-        steps: of the whole run; in a shorter run than `limits.steps`, each of its steps must show the problem.
+        recent: the metrics of consecutive steps, the newest last.
+        limits: when to raise each alarm.
+        steps: the length of the run; if it is less than `limits.steps`, every step must show the problem.
     """
     problems: dict[str, str] = {}
     for name, find in ALARMS.items():
@@ -207,10 +209,10 @@ class AlarmMonitor:
     """The alarms of a run: remembers recent steps, and which alarms were raised.
 
     Args:
-        limits: when to raise each.
-        steps: of the whole run.
-        recent: the metrics of the steps before, of a run that continues.
-        known: names of the alarms that were raised before.
+        limits: when to raise each alarm.
+        steps: the length of the run.
+        recent: the metrics of the steps before a resumed run continues.
+        known: names of the alarms that were already raised.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
-"""The manifest of a checkpoint: its step, and size and SHA-256 of each of its files.
+"""The manifest of a checkpoint: the step, and the size and SHA-256 of each file.
 
-It is written last, when all files are on the disk, and checked before a checkpoint is loaded. So a missing file, a file
-that has changed or one of another step is never trained on. Every rank hashes the files that it wrote, in parallel.
+It is written last, when all files are on the disk, and checked before a checkpoint is loaded. So no run continues from
+a checkpoint with a file that is missing, has changed or belongs to another step. Ranks hash their files in parallel.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def seal(checkpoint: Path, step: int, world: World) -> None:
     """Syncs the files of a checkpoint and writes its manifest; all ranks call it when their files are written.
 
     Raises:
-        StorageError: a file cannot be read again or the manifest cannot be written; the same on all ranks.
+        StorageError: a file cannot be read back or the manifest cannot be written; all ranks raise it.
     """
     own: dict[str, dict[str, Any]] = {}
     with world.together(), disk_errors(checkpoint):
@@ -45,11 +45,11 @@ def seal(checkpoint: Path, step: int, world: World) -> None:
 
 
 def check(folder: RunFolder, step: int, world: World) -> None:
-    """Checks the checkpoint of `step` against its manifest; all ranks call it, and each reads a part of the files.
+    """Checks the checkpoint of `step` against its manifest; all ranks call it, and each reads some of the files.
 
     Raises:
-        ModelError: a file is missing, has changed or is of another step; the message names it, and the newest earlier
-            checkpoint that is whole. All ranks raise it.
+        ModelError: a file is missing, has changed or belongs to another step; the message names it and the newest
+            earlier checkpoint that is whole. All ranks raise it.
     """
     wrong = problem(folder.checkpoints / folder.tag(step), step, world)
     if not wrong:
@@ -84,28 +84,28 @@ def _misfit(checkpoint: Path, step: int, manifest: Mapping[str, Any], world: Wor
     there = _files(checkpoint)
     for name in [*files, *there]:
         if name not in there or name not in files:
-            return f"{name} is missing" if name in files else f"{name} does not belong to it"
+            return f"{name} is missing" if name in files else f"{name} is not in {MANIFEST}"
     for name, entry in ((name, entry) for name, entry in files.items() if _is_own(name, world)):
         if not isinstance(entry, dict) or (checkpoint / name).stat().st_size != entry.get("bytes"):
-            return f"{name} is not as long as it was written"
+            return f"the size of {name} is not that in {MANIFEST}"
         if _entry(checkpoint / name) != entry:
             return f"{name} is not what was written in step {step} (its SHA-256 differs)"
     return ""
 
 
 def _files(checkpoint: Path) -> list[str]:
-    """The files of tensors, also those in folders of a checkpoint."""
+    """The tensor files of a checkpoint, including those in its folders."""
     return sorted(str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*.pt"))
 
 
 def _is_own(name: str, world: World) -> bool:
-    """Whether this rank hashes a file: the one that wrote it, if as many ranks load as have saved."""
+    """Whether this rank hashes a file. With as many ranks as when it was saved, that is the rank that wrote it."""
     rank = re.search(r"rank_(\d+)", name)
     return (int(rank[1]) if rank else 0) % world.size == world.rank
 
 
 def _entry(path: Path, written: bool = False) -> dict[str, Any]:
-    """What the manifest says of a file; with `written` the file is synced first."""
+    """The manifest's entry for a file; with `written` the file is synced first."""
     with path.open("rb") as file:
         if written:
             sync(file)

@@ -1,7 +1,7 @@
 """A step's trajectories: prompts are drawn, responses sampled and verified, demonstrations and pairs added.
 
-The prompts of a step and the seeds of its rollouts follow from (seed, step), and, where prompts are redrawn, from the
-rollouts before. So a resumed run needs no random state, and the batch does not depend on the number of ranks.
+The prompts of a step and the seeds of its rollouts follow from (seed, step) and, where prompts are redrawn, from
+earlier rollouts. So a resumed run needs no random state, and the batch does not depend on the number of ranks.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ class Collection(NamedTuple):
     """A step's trajectories.
 
     Attributes:
-        trajectories: with their index.
-        metrics: of their collection, by name.
-        verdicts: on all rollouts that were sampled.
-        sampled: all of these, including those of prompts that were replaced.
+        trajectories: those that the step learns from, with their index.
+        metrics: metrics of the collection, by name.
+        verdicts: the verdicts on all sampled rollouts.
+        sampled: all sampled rollouts, including those of prompts that were replaced.
     """
 
     trajectories: list[Trajectory]
@@ -56,11 +56,11 @@ class Collector:
     of a pair before the rejected one.
 
     Args:
-        config, world: of the run.
-        algorithm: what is learned with.
+        config, world: the run's settings and processes.
+        algorithm: the algorithm to collect for.
         examples: the training set.
         sampler: None if the algorithm has no rollouts.
-        stop_token_ids: end a response.
+        stop_token_ids: the tokens that end a response.
         weights: the share of the prompts that each source of a mixture gets; if empty, all examples have the same
             weight.
         teacher_prompts: the prompts of the teacher; None if they are the policy's.
@@ -68,7 +68,7 @@ class Collector:
             from it.
 
     Raises:
-        DataError: no example has what the algorithm needs, or none of a source or of the reserved ones has.
+        DataError: the training set, a source or the reserved part has no example with what the algorithm needs.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class Collector:
     ) -> None:
         self.teacher_prompts = teacher_prompts
         self.config, self.examples, self.world, self.sampler = config, examples, world, sampler
-        # Without noise top_p is 1: the trainer's log-probs are of the full distribution at this temperature.
+        # Without noise top_p is 1, because the trainer computes log-probs over the full distribution.
         noise, limits = config.rollout.noise, (config.rollout.max_response_tokens, stop_token_ids)
         self.sampling = Sampling(config.rollout.temperature, noise.top_p, *limits, noise.bfloat16_logits)
         self.needs, self.dynamic_sampling = algorithm.step_needs, algorithm.dynamic_sampling
@@ -100,10 +100,12 @@ class Collector:
         }
         for stream, members in self.streams.items():
             if not members and (stream == TRAIN or reserve):
-                which = "" if stream == TRAIN else f" among the {len(reserved)} kept apart for its validation"
+                apart = f"the {len(reserved)} reserved for its validation"
+                which = apart if stream == HELD_OUT else f"{len(examples)} training examples"
+                which += f", without {apart}" if stream == TRAIN and reserve else ""
                 raise DataError(
-                    f"'{algorithm.name}' finds none of {len(examples)} training examples with the demonstrations or "
-                    f"preference pairs that it needs{which}; choose data that has them"
+                    f"'{algorithm.name}' can use none of {which}; choose more data, or data with the demonstrations or "
+                    "preference pairs that it needs"
                 )
         self.weights = dict(weights or {"": 1.0})
         sources = {i: examples[i].problem.source if weights else "" for i in self.streams[TRAIN]}
@@ -111,8 +113,8 @@ class Collector:
         for name, members in self.strata.items():
             if not members and self.weights[name] > 0:
                 raise DataError(
-                    f"data.weights.{name}: '{algorithm.name}' finds no training example in this data set with what it "
-                    "needs; set its weight to 0, or leave the data set out"
+                    f"data.weights.{name}: no training example of this data set has what '{algorithm.name}' needs; set "
+                    "its weight to 0, or leave the data set out"
                 )
 
     def collect(
@@ -123,20 +125,21 @@ class Collector:
         prompts: PromptReader | None = None,
         replay: ReplayBuffer | None = None,
     ) -> Collection:
-        """The trajectories of a step, metrics of their collection, and what became of the verdicts.
+        """The trajectories of a step, with metrics and verdicts.
 
         Args:
-            step: of the run, counted from 0.
+            step: the step of the run, counted from 0.
             stream: TRAIN, or HELD_OUT, whose prompts are redrawn in each step: as many as a step has, or all of them if
                 there are fewer.
-            step_in_stage: for schedules of guidance; None = `step`.
+            step_in_stage: the step for schedules of guidance; None = `step`.
             prompts: what is remembered of the prompts; None if the algorithm has no memory.
-            replay: takes the places of some prompts.
+            replay: the buffer whose rollouts take the places of some prompts.
 
         Returns:
-            The metrics are the seconds of sampling and verification on this rank ('time/rollout', 'time/verify'), with
-            dynamic sampling also the number of rounds ('sampling/rounds') and of sampled prompts ('sampling/prompts'),
-            with a curriculum the effective number of prompts that it draws from ('sampling/effective_prompts').
+            The collection. Its metrics are the seconds of sampling and verification on this rank ('time/rollout',
+            'time/verify'); with dynamic sampling also the number of rounds ('sampling/rounds') and of sampled prompts
+            ('sampling/prompts'); with a curriculum also the effective number of prompts that it draws from
+            ('sampling/effective_prompts').
 
         Raises:
             VerifierError: a rank's verifiers cannot run; raised on all ranks.
@@ -178,25 +181,25 @@ class Collector:
         return {name: self.curriculum.weights(prompts.columns(members)) for name, members in self.strata.items()}
 
     def _remembered(self, trajectories: list[Trajectory], prompts: PromptReader | None) -> list[Trajectory]:
-        """The trajectories with what is remembered of their prompts, if a part reads it."""
+        """Adds what is remembered of their prompts to the trajectories, if a part reads it."""
         if prompts is None or not self.needs.columns & MEMORY_COLUMNS:
             return trajectories
         return [replace(one, remembered=prompts.of(one.example)) for one in trajectories]
 
     def _beside_replayed(self, examples: list[int], count: int, step: int, step_in_stage: int) -> Collection:
-        """The `count` fresh rollouts of each of some examples whose other rollouts are replayed."""
+        """`count` fresh rollouts for each of these examples, whose other rollouts are replayed."""
         if not count:
             return Collection([], {})
         return self._rollouts(examples, ("rollout", "replay", step), step_in_stage, None, count)
 
     def demonstrations(self, indices: Iterable[int], step: int) -> list[Trajectory]:
-        """The demonstrations of these examples, one group per example; examples without one are passed over."""
+        """The demonstrations of these examples, one group per example; examples without one are skipped."""
         with_demonstrations = [i for i in indices if self.examples[i].demonstrations]
         given = [t for group, i in enumerate(with_demonstrations) for t in self.given.demonstrations(group, i, step)]
         return self._taught(indexed(given))
 
     def _taught(self, trajectories: list[Trajectory]) -> list[Trajectory]:
-        """The trajectories with the prompts that the teacher reads for them."""
+        """Adds the teacher's prompts to the trajectories."""
         if self.teacher_prompts is None:
             return trajectories
         right: dict[int, list[Trajectory]] = {}
@@ -213,7 +216,7 @@ class Collector:
         return taught
 
     def _held_out_indices(self, step: int, count: int) -> list[int]:
-        """Reserved examples, redrawn in each step; those of a mixture's sources by their weights."""
+        """Reserved examples, redrawn in each step; in a mixture, the sources' weights decide how many from each."""
         candidates, seed = self.streams[HELD_OUT], stream_seed(self.config.seed, "order", HELD_OUT, step)
         if len(self.weights) == 1:
             return [candidates[place] for place in permutation(len(candidates), seed)[:count]]
@@ -235,7 +238,7 @@ class Collector:
         return chosen
 
     def _missing(self, wanted: Sequence[int], accepted: Sequence[int]) -> dict[str, int]:
-        """For each source, how many of the `wanted` examples lack an accepted one."""
+        """For each source, how many accepted examples are missing."""
         strata = {name: set(members) for name, members in self.strata.items()}
         counts = {n: sum(i in s for i in wanted) - sum(i in s for i in accepted) for n, s in strata.items()}
         return {name: count for name, count in counts.items() if count > 0}
@@ -255,11 +258,11 @@ class Collector:
             indices: the examples of the first round.
             first: their rollouts.
             step, step_in_stage, prompts: as for `collect`.
-            weights: of the prompts, for a curriculum.
+            weights: for each source, the curriculum's weights of its prompts; None without a curriculum.
 
         Returns:
-            The accepted examples and their rollouts, with the metrics and verdicts of the further rounds. If the gate
-            is closed on all prompts, the examples and rollouts of the first round.
+            The accepted examples and their rollouts, with the metrics and verdicts of the later rounds. If the gate is
+            closed on all prompts, the examples and rollouts of the first round.
         """
         assert self.dynamic_sampling is not None
         wanted, rollouts, tried, rounds = list(indices), first, list(indices), 1
@@ -288,7 +291,7 @@ class Collector:
         return accepted, Collection(trajectories, metrics, verdicts, sampled)
 
     def _open_groups(self, rollouts: list[Trajectory], step: int) -> list[tuple[int, list[Trajectory]]]:
-        """The groups, in order, with a rollout on which the gate is not 0."""
+        """The groups, in order, that have a rollout on which the gate is not 0."""
         assert self.dynamic_sampling is not None
         closed = self.dynamic_sampling.gate.closed(assemble(rollouts, step)).tolist()
         groups: dict[int, list[Trajectory]] = {}
@@ -305,9 +308,9 @@ class Collector:
         prompts: PromptReader | None,
         count: int | None = None,
     ) -> Collection:
-        """All ranks' verified rollouts of these prompts, whose groups are numbered from 0, and this rank's seconds.
+        """All ranks' verified rollouts of these prompts, with groups numbered from 0; the times are this rank's.
 
-        Each rank samples a part of the prompts, `count` rollouts of each; None = `group_size`.
+        Each rank samples some of the prompts, with `count` rollouts per prompt; None = `group_size`.
 
         Raises:
             RunError: sampling ended early on some rank.
@@ -339,13 +342,13 @@ class Collector:
 
     @property
     def _guided_copies(self) -> range:
-        """The numbers of the guided rollouts among those of a prompt: the last ones."""
+        """The indices of a prompt's guided rollouts: the last ones of the group."""
         size, guidance = self.config.group_size, self.guidance
         count = 0 if guidance is None else size if guidance.rollouts is None else guidance.rollouts
         return range(size - count, size)
 
     def _prefix(self, index: int, seeds: tuple[int | str, ...], step: int) -> tuple[int, ...]:
-        """The prefix of a prompt's guided rollouts; empty if it has none. `step` is that of the stage."""
+        """The prefix of a prompt's guided rollouts; empty if it has none. `step` counts within the stage."""
         demonstrations, seed = self.examples[index].demonstrations, self.config.seed
         if self.guidance is None or not demonstrations:
             return ()

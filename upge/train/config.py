@@ -1,7 +1,7 @@
 """Every setting of a run, with its default and a one-line description.
 
-The command line's help, the checks of keys and types and the resolved config.yaml all come from these classes. What an
-algorithm does is set in its own file, under `algo`. Which problems a run trains on is set under `data`.
+The command line's help, the checks of keys and types and the resolved config.yaml all come from these classes. The keys
+under `algo` define the algorithm, and the keys under `data` choose the problems that a run trains on.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from upge.train.deepspeed_settings import DeepspeedConfig
 from upge.verify.base import LONGEST_TIME, MOST_MEMORY, MOST_WORKERS, WORKERS_PER_CORE
 from upge.views import PASS_THRESHOLD
 
-#: The largest values that a run can be asked for. They are far beyond any use, and what a larger one would allocate
-#: exhausts memory or time before a message could be printed.
+#: The largest values that settings may have, far beyond any practical use. Larger ones would exhaust memory or time
+#: before an error message could be printed.
 STEPS, SEED, TOKENS, PROMPTS, GROUP, ROLLOUTS = 10**9, 2**32 - 1, 10**7, 2**20, 2**16, 2**22
-#: What `log_to` may name.
+#: The names that `log_to` may contain.
 LOG_TO = ("console", "jsonl", "tensorboard", "trackio", "wandb")
 
 
@@ -55,13 +55,13 @@ class ModelConfig(Settings):
     overrides: dict = key({}, "changes to the model's config.json, such as {rope_theta: 40000}")
     gradient_checkpointing: Literal["none", "selective", "full"] = key(
         "none",
-        "activations that are computed again in the backward pass: selective = all but matrix products and attention",
+        "activations to recompute in the backward pass: selective = all but matrix products and attention; full = all",
         aliases={"false": "none", "true": "full"},
     )
     lora: LoraConfig = section(LoraConfig)
 
 
-#: Whose log-probs `behavior_logprobs` are where the present policy has not sampled.
+#: The policy whose log-probs are `behavior_logprobs` on stale and replayed rollouts.
 Behavior = Literal["sampling", "present"]
 
 
@@ -78,11 +78,15 @@ class RolloutConfig(Settings):
         1024, "length limit of responses; algorithms with a fixed divisor use it as `length`", above=0, limit=TOKENS
     )
     memory_fraction: float = key(0.4, "fraction of GPU memory that the vLLM engine may use", above=0, maximum=1)
-    max_sequences: int = key(0, "responses that vLLM generates at once; 0 = vLLM's default", minimum=0, limit=TOKENS)
-    max_batched_tokens: int = key(
-        0, "tokens that vLLM processes in a step; 0 = vLLM's default", minimum=0, limit=TOKENS
+    max_sequences: int = key(
+        0, "maximum responses that vLLM generates at once; 0 = vLLM's default", minimum=0, limit=TOKENS
     )
-    lag: int = key(0, "sample with the policy's weights of N steps ago; 0 = the present ones", minimum=0, limit=10_000)
+    max_batched_tokens: int = key(
+        0, "maximum tokens that vLLM processes at once; 0 = vLLM's default", minimum=0, limit=TOKENS
+    )
+    lag: int = key(
+        0, "sample with the policy's weights from N steps ago; 0 = the current weights", minimum=0, limit=10_000
+    )
     behavior: Behavior = key(
         "sampling",
         "whose log-probs the denominators use on stale and replayed rollouts: sampling = the policy that sampled them; "
@@ -103,7 +107,7 @@ class RolloutConfig(Settings):
             )
         if self.tensor_parallel > 1 and self.engine == "transformers":
             raise ConfigError(
-                f"found {self.tensor_parallel}, but only vLLM divides an engine over ranks; set rollout.engine=vllm, "
+                f"found {self.tensor_parallel}, but only vLLM splits an engine over ranks; set rollout.engine=vllm, "
                 "or rollout.tensor_parallel=1",
                 "tensor_parallel",
             )
@@ -155,16 +159,16 @@ class TeacherConfig(Settings):
     path: str = key("", "model of the teacher, with the tokenizer of model.path")
     self: bool = key(False, "the policy is its own teacher, on prompts of teacher.template")
     weights: Literal["present", "first"] = key(
-        "present", "with teacher.self: the policy's weights of this step, or those that the run began with"
+        "present", "with teacher.self: present = the policy's current weights; first = its weights when the run began"
     )
     template: str = key(
-        "", "text with {prompt} and {demonstration}, {answer} or {feedback}: the teacher's prompt; empty = the policy's"
+        "", "teacher's prompt, a text with {prompt} and {demonstration}, {answer} or {feedback}; empty = the policy's"
     )
 
     def __post_init__(self) -> None:  # noqa: B902 - a field is named self
         Settings.__post_init__(self)
         if self.path and self.self:
-            raise ConfigError("both a path and teacher.self=true; the teacher is one of the two", "path")
+            raise ConfigError("both a path and teacher.self=true; give only one of the two", "path")
 
 
 @dataclass(frozen=True)
@@ -180,25 +184,25 @@ class VerifyConfig(Settings):
         PASS_THRESHOLD, "a response passes (pass rates, gates, accuracy) if its reward is larger than this"
     )
     success: str = key(
-        "", "of a sum of verifiers, the name of the reward that decides whether a response passes; empty = the sum"
+        "", "in a sum of verifiers, the name of the reward that decides whether a response passes; empty = the sum"
     )
     workers: int = key(
         2, f"worker processes per rank, at most {WORKERS_PER_CORE} for each core", above=0, maximum=MOST_WORKERS
     )
     time_limit: float = key(
         5.0,
-        "seconds per answer; above it the reward is the smallest and the status 'timeout'",
+        "maximum seconds per response; beyond it the reward is the smallest possible and the status 'timeout'",
         above=0,
         maximum=LONGEST_TIME,
     )
     memory_limit: float = key(
         4.0,
-        "GiB of memory per answer; above it the reward is the smallest and the status 'error'",
+        "maximum GiB of memory per response; beyond it the reward is the smallest possible and the status 'error'",
         above=0,
         maximum=MOST_MEMORY,
     )
-    environment: list = key([], "further environment variables that verifiers see, such as [JUDGE_API_KEY]")
-    network: bool = key(False, "let verifiers use the network; without it they cannot where the system allows that")
+    environment: list = key([], "additional environment variables that verifiers can read, such as [JUDGE_API_KEY]")
+    network: bool = key(False, "let verifiers use the network; false = block it, on systems where that is possible")
 
 
 @dataclass(frozen=True)
@@ -210,7 +214,7 @@ class EvalConfig(Settings):
     skip: list = key([], "benchmarks of the suite to skip, such as [gpqa_diamond]")
     limit: int = key(0, "maximum problems per benchmark of the suite; 0 = all", minimum=0, limit=10**9)
     every: int = key(
-        0, "evaluate every N steps; 0 = only before and after training and after a stage; -1 = never", limit=STEPS
+        0, "evaluate every N steps; 0 = only before and after training and after each stage; -1 = never", limit=STEPS
     )
     samples: int = key(8, "responses per problem for pass@k and mean@k", above=0, limit=GROUP)
     temperature: float = key(1.0, "sampling temperature in evaluation", minimum=0.01, limit=100)
@@ -221,8 +225,8 @@ class EvalConfig(Settings):
         super().__post_init__()
         if self.every < -1 or self.every < 0 and (self.keep_best or self.suite):
             raise ConfigError(
-                f"found {self.every}; give a number of steps, 0 for before and after training, or -1 for never, which "
-                "cannot be combined with eval.keep_best or eval.suite",
+                f"found {self.every}; give a number of steps, 0 for before and after training, or -1 for never (but "
+                "not with eval.keep_best or eval.suite)",
                 "every",
             )
 
@@ -231,7 +235,9 @@ class EvalConfig(Settings):
 class CheckpointConfig(Settings):
     """When the training state is saved."""
 
-    every: int = key(50, "save every N steps and after the last; 0 = only when stopped", minimum=0, limit=STEPS)
+    every: int = key(
+        50, "save every N steps and after the last one; 0 = only when the run is stopped", minimum=0, limit=STEPS
+    )
     keep: int = key(2, "number of newest checkpoints to keep; 0 = all", minimum=0, limit=STEPS)
 
 
@@ -310,10 +316,10 @@ class RunConfig(Settings):
     output: str = key("", "folder of the run; empty = the next unused runs/ALGO-MODEL-DATA")
     resume: str = key(
         "auto",
-        "auto = continue an interrupted run in `output` from its newest checkpoint; step_N = from that one; or never",
+        "auto = continue the run in `output` from its newest checkpoint; step_N = from that one; never = refuse to",
     )
-    fault: str = key("none", "a fault on purpose, see docs/faults.md; none = the trainer as it is")
-    fault_stages: list = key([], "stages of the algorithm in which a fault of the updates is on; [] = all")
+    fault: str = key("none", "name of a fault to introduce on purpose, see docs/faults.md; none = no fault")
+    fault_stages: list = key([], "stages of the algorithm in which a fault of the updates is active; [] = all")
     log_rollouts: int = key(
         10, "log rollouts and the tokens with the largest weights every N steps; 0 = never", minimum=0, limit=STEPS
     )

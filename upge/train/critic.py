@@ -23,9 +23,9 @@ class CriticTarget(NamedTuple):
     """What the critic learns in an update.
 
     Attributes:
-        values: [B, T] before the step's updates.
-        returns: [B, T] what they should be.
-        weights: [B, T] of each token in the loss.
+        values: [B, T] the critic's values before the step's updates.
+        returns: [B, T] the targets of the values.
+        weights: [B, T] the weight of each token in the loss.
     """
 
     values: Float[Tensor, "B T"]
@@ -34,7 +34,7 @@ class CriticTarget(NamedTuple):
 
     @property
     def rows(self) -> list[int]:
-        """The trajectories with a weight."""
+        """The trajectories with a token of non-zero weight."""
         return (self.weights != 0).any(dim=1).nonzero()[:, 0].tolist()
 
 
@@ -47,12 +47,12 @@ class CriticUpdater:
     def targets(
         self, batch: StepBatch, rows: Sequence[Tensor], batches: Sequence[StepBatch], plans: Sequence[Plan]
     ) -> list[CriticTarget]:
-        """The target of each update. The returns are those of the whole step's batch, as the advantages are.
+        """The target of each update. Like advantages, returns are computed on the whole batch of the step.
 
         Args:
-            batch: of the step.
-            rows: of the step's batch that each update learns from.
-            batches, plans: of the updates.
+            batch: the step's batch.
+            rows: for each update, the rows of that batch that it learns from.
+            batches, plans: the batch and the plan of each update.
         """
         returns = self.loss.targets(batch.columns)
         targets = []
@@ -66,7 +66,7 @@ class CriticUpdater:
     def update(
         self, batch: StepBatch, target: CriticTarget, lr: float, poll: Callable[[], None] | None = None
     ) -> tuple[list[MetricSums], StepResult]:
-        """Adds the gradient of the critic's loss, micro-batch by micro-batch, and applies it.
+        """Accumulates the gradient of the critic's loss over micro-batches and applies it.
 
         `poll` is called before each micro-batch. It may raise `Interrupted`, which drops the gradient so far.
         """
@@ -100,7 +100,7 @@ def value_metrics(targets: Sequence[CriticTarget], masks: Sequence[Bool[Tensor, 
     """How well the values before the step's updates explain the returns, over the tokens that the critic learns from.
 
     Args:
-        targets: of the updates.
+        targets: the target of each update.
         masks: the response mask of each update's batch.
     """
     learned = [(t.weights != 0) & mask for t, mask in zip(targets, masks, strict=True)]

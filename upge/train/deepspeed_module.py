@@ -38,7 +38,7 @@ from upge.train.sample import TokenIds
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-#: The key of our own state among DeepSpeed's in a checkpoint.
+#: The key of this class's own state in DeepSpeed's checkpoint.
 _STATE = "upge"
 
 
@@ -47,7 +47,7 @@ class StepResult(NamedTuple):
 
     Attributes:
         applied: False if the update was skipped, because the gradient was not finite or its norm above the limit.
-        grad_norm: before clipping.
+        grad_norm: the gradient's norm before clipping.
     """
 
     applied: bool
@@ -60,7 +60,7 @@ class StepResult(NamedTuple):
 
     @property
     def is_above_limit(self) -> bool:
-        """True if the update was skipped for the norm of its gradient."""
+        """True if the update was skipped because its gradient norm was above the limit."""
         return not self.applied and self.norm != math.inf
 
 
@@ -68,15 +68,15 @@ class DeepSpeedModule:
     """A module's weights, gradients and AdamW, partitioned over the ranks by ZeRO-3.
 
     Gradients add up over `backward` calls until `step`. Each rank's loss is a part of one sum over the global batch, so
-    DeepSpeed's averaging over ranks is undone here. AdamW has named sets of moments over the same weights; "main" is in
-    use at first. A subclass defines the forward pass.
+    this class undoes DeepSpeed's averaging over ranks. AdamW has named sets of moments for the same weights; the set
+    "main" is in use at first. A subclass defines the forward pass.
 
     Args:
-        module: what is trained.
-        dtype: of the forward pass, 'float32' or 'bfloat16'.
+        module: the module to train.
+        dtype: the forward pass's precision, 'float32' or 'bfloat16'.
         optimizer: AdamW's settings and gradient clipping.
         lr: AdamW's learning rate until the first `step` sets another.
-        world: of the run.
+        world: the run's processes.
         deepspeed_config: what is offloaded, and additional settings of DeepSpeed.
     """
 
@@ -104,22 +104,21 @@ class DeepSpeedModule:
 
     @property
     def position(self) -> tuple[int, int]:
-        """The optimizer steps so far, and the backward passes since the last one; a checkpoint restores the first."""
+        """(optimizer steps so far, backward passes since the last one); a checkpoint restores only the first number."""
         return int(self._engine.global_steps), self._passes
 
     def backward(self, loss: Float[Tensor, ""], last: bool) -> None:
-        """Adds the gradient of this rank's part of the loss; `last` marks the one before `step`."""
+        """Adds the gradient of this rank's part of the loss; `last` marks the last call before `step`."""
         self._engine.set_gradient_accumulation_boundary(last)
         self._engine.backward(loss * self.world.size)
         self._passes += 1
 
     def step(self, lr: float, limit: float = 0.0) -> StepResult:
-        """Clips and applies the gradient.
+        """Clips and applies the gradient; one that is not finite is dropped.
 
         Args:
             lr: the learning rate.
-            limit: drop the gradient if its norm exceeds this; 0 = no limit. A gradient that is not finite is always
-                dropped.
+            limit: also drop the gradient if its norm exceeds this; 0 = no limit.
         """
         self._passes = 0
         if limit and (norm := gradient_norm(self._engine.optimizer)) > limit:
@@ -133,8 +132,8 @@ class DeepSpeedModule:
     def take_gradient(self) -> list[Tensor]:
         """This rank's part of the gradient so far, float32, unpadded, one tensor per parameter; all ranks call it.
 
-        For after `backward(..., last=True)` and instead of `step`: nothing is clipped or applied, and the next
-        `backward` starts from zero. A gradient that is not finite is returned as it is.
+        Call it after `backward(..., last=True)`, instead of `step`. Nothing is clipped or applied, and the next
+        `backward` starts from zero. A gradient that is not finite is returned unchanged.
         """
         zero, rank = self._engine.optimizer, self.world.rank
         assert self._passes and self._engine.is_gradient_accumulation_boundary(), "backward(..., last=True) comes first"
@@ -147,7 +146,7 @@ class DeepSpeedModule:
         return taken
 
     def drop_gradient(self) -> None:
-        """Drops the gradient so far, instead of `step`: the next `backward` starts from zero."""
+        """Drops the gradient so far, so that the next `backward` starts from zero; call it instead of `step`."""
         if self._passes:
             drop_gradient(self._engine.optimizer)
             self._passes = 0
@@ -198,11 +197,11 @@ class DeepSpeedModule:
             except StorageError as error:
                 errors.append(error)
 
-        # An error of this rank has to wait until DeepSpeed has called all ranks together for the last time.
+        # An error of this rank is raised only after DeepSpeed's last collective, which needs every rank.
         self._engine.checkpoint_engine.save = write
-        # Some versions of Python would pickle it with `getattr`, which weights-only loading refuses.
+        # Some versions of Python would pickle the enum with `getattr`, which weights-only loading refuses.
         type.__setattr__(ZeroStageEnum, "__reduce_ex__", lambda stage, protocol: (type(stage), (int(stage),)))
-        # DeepSpeed's script would read a checkpoint without checking it.
+        # DeepSpeed's recovery script would read a checkpoint without checking it.
         self._engine._copy_recovery_script = lambda folder: None
         with self.world.together(), disk_errors(folder / tag):
             (folder / tag).mkdir(parents=True, exist_ok=True)
@@ -226,7 +225,7 @@ class DeepSpeedModule:
         return self._engine.optimizer
 
     def layouts(self, model: Mapping[str, Any]) -> tuple[Layout, Layout]:
-        """The layouts of a checkpoint, by its model file's content, and of this run's ranks."""
+        """The layout of a checkpoint, from the content of its model file, and that of this run's ranks."""
         before = layout(model["param_shapes"], int(model["dp_world_size"]))
         return before, layout(self._engine._get_zero_param_shapes(), self.world.size)
 
@@ -234,18 +233,18 @@ class DeepSpeedModule:
         """Restores what `save` wrote, on any number of ranks, and returns its `state`; all ranks call it.
 
         Raises:
-            ModelError: the checkpoint, or a file of it, is missing, not whole, or holds other things than tensors and
-                plain values; all ranks raise it.
+            ModelError: the checkpoint or one of its files is missing, incomplete, or holds objects other than tensors
+                and plain values; all ranks raise it.
         """
         engine, zero, checkpoint = self._engine, self._engine.optimizer, folder / tag
-        # DeepSpeed's own loading executes what a file says, and refuses other ranks and sub-groups.
+        # DeepSpeed's own loading unpickles arbitrary code, and refuses other numbers of ranks and other sub-groups.
         with self.world.together(), reading(checkpoint):
             model = read(model_file(checkpoint))
             part, in_use, idle = self._read_part(checkpoint, model)
         zero.checkpoint_event_prologue()
         with reading(checkpoint):
             _load_trained(model["module"], engine.module)
-        # AdamW's implementation follows this run's offloading, not that of the run that saved.
+        # The choice of AdamW's implementation follows this run's offloading, not that of the run that saved.
         present = {name: value for name, value in zero.optimizer.param_groups[0].items() if name != "params"}
         for group in part["optimizer_state_dict"]["param_groups"]:
             group.update(present)
@@ -261,7 +260,7 @@ class DeepSpeedModule:
         rank, folder, tag = self.world.rank, checkpoint.parent, checkpoint.name
         before, now = self.layouts(model)
         if before.is_same(now):
-            # Not mapped: AdamW would go on with these tensors, and the file may be removed.
+            # Not memory-mapped: AdamW keeps using these tensors, and the file may be removed.
             shard = read(optimizer_file(checkpoint, rank), mapped=False)["optimizer_state_dict"]
             moments = read(_moments_file(folder, tag, rank), mapped=False)
             return shard, moments["in_use"], moments["idle"]
@@ -286,7 +285,7 @@ def _moments_file(folder: Path, tag: str, rank: int) -> Path:
 
 
 def _load_trained(src: dict[str, Tensor], dst: nn.Module) -> None:
-    """Loads a checkpoint's weights, which are those that are trained; DeepSpeed gives the arguments by name."""
+    """Loads a checkpoint's weights, which are only the trained ones; DeepSpeed passes the arguments by name."""
     trained = {name for name, parameter in dst.named_parameters() if parameter.requires_grad}
     missing, unexpected = dst.load_state_dict(src, strict=False)
     if unexpected or trained & set(missing):
@@ -296,11 +295,14 @@ def _load_trained(src: dict[str, Tensor], dst: nn.Module) -> None:
 def load_causal_lm(
     model: ModelConfig, world: World, key: str = "model.path", deepspeed: DeepspeedConfig = PLAIN
 ) -> PreTrainedModel:
-    """Loads a causal LM, partitioned on the way, so that no rank ever holds the whole.
+    """Loads a causal LM and partitions it while loading, so that no rank ever holds the whole model.
+
+    Args:
+        key: the setting that `model.path` comes from, for messages.
 
     Raises:
-        ModelError: it cannot be loaded or is not complete. `key` is the setting that gave `model.path`, for messages.
-        ConfigError: an override that its configuration does not have.
+        ModelError: the model cannot be loaded or is incomplete.
+        ConfigError: an override names a key that the model's configuration does not have.
     """
     from transformers import AutoModelForCausalLM
     from transformers.integrations.deepspeed import HfDeepSpeedConfig
@@ -308,7 +310,7 @@ def load_causal_lm(
     dtype = getattr(torch, model.dtype)
     with _model_errors(model.path, key):
         config = read_config(model.path, model.overrides)
-        # With selective checkpointing, torch's function keeps gathered weights during a layer's backward pass only.
+        # With selective checkpointing, torch's linear keeps gathered weights only during a layer's backward pass.
         own_linear = model.gradient_checkpointing != "selective"
         partitioning = HfDeepSpeedConfig(settings(model.dtype, world, deepspeed, own_linear=own_linear))
         loaded: Any = AutoModelForCausalLM.from_pretrained(  # the pair is not in its signature
@@ -337,7 +339,7 @@ def _part(parameter: nn.Parameter, rank: int) -> Tensor:
 
 
 def vocabulary_size(network: PreTrainedModel) -> int:
-    """Number of tokens that the model has embeddings for; partitioned or not."""
+    """The number of tokens that the model, partitioned or not, has embeddings for."""
     return cast(nn.Embedding, network.get_input_embeddings()).num_embeddings
 
 
@@ -345,7 +347,7 @@ def check_tokens(trajectories: Sequence[TokenIds], vocabulary: int, key: str) ->
     """Checks that a model has an embedding for every token of the (prompt_ids, response_ids) pairs.
 
     Raises:
-        ModelError: it has not; `key` is the setting that gave the model.
+        ModelError: a token has no embedding; the message names `key`, the setting that the model comes from.
     """
     highest = max((token for pair in trajectories for ids in pair for token in ids), default=0)
     if highest >= vocabulary:
@@ -361,7 +363,7 @@ def _model_errors(path: str, key: str) -> Iterator[None]:
     except UserError as error:
         if error.key != "model.path":
             raise
-        # The functions that read models name the policy's key.
+        # The functions that read models always name the policy's key.
         raise error.with_key(key) from error
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, IndexError, SafetensorError) as error:
         if is_out_of_memory(error):

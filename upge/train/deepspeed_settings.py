@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 _SECONDARY = "zero_hpz_partition_size"
 _ZERO, _PARAMETERS, _OPTIMIZER = "zero_optimization", "offload_param", "offload_optimizer"
-#: Keys that `deepspeed.config` may have, by the section that they belong to. None of them changes the gradient, except
-#: that sums over buckets of another size are rounded in another order.
+#: Keys that `deepspeed.config` may have, by section. None of them changes the gradient, apart from rounding: buckets of
+#: another size are summed in another order.
 ALLOWED: Mapping[str, frozenset[str]] = {
     "": frozenset(
         "zero_optimization comms_logger flops_profiler wall_clock_breakdown memory_breakdown dump_state steps_per_print"
@@ -57,13 +57,13 @@ OWNED: Mapping[str, str] = {
 
 @dataclass(frozen=True)
 class DeepspeedConfig(Settings):
-    """What is kept in the machine's memory instead of the GPU's, and DeepSpeed's settings that upge does not have."""
+    """What is kept in CPU memory instead of GPU memory, and additional settings of DeepSpeed."""
 
     offload: Literal["none", "optimizer", "all"] = key(
-        "none", "what stays in the machine's memory: AdamW with its states and master weights; all = weights also"
+        "none", "what stays in CPU memory: optimizer = AdamW's states and the master weights; all = also the weights"
     )
     config: dict = key(
-        {}, "more of DeepSpeed's configuration, such as {zero_optimization: {reduce_bucket_size: 100000000}}"
+        {}, "additional DeepSpeed settings, such as {zero_optimization: {reduce_bucket_size: 100000000}}"
     )
 
     def __post_init__(self) -> None:
@@ -112,14 +112,14 @@ def settings(
     max_grad_norm: float = 0.0,
     own_linear: bool = True,
 ) -> dict[str, Any]:
-    """DeepSpeed's configuration. Its batch sizes are placeholders, because micro-batches are made by tokens.
+    """DeepSpeed's configuration. Its batch sizes are placeholders, because micro-batches are cut by a token budget.
 
     Args:
-        dtype: of the forward pass.
-        world: of the run.
-        deepspeed: what is offloaded, and what is added.
+        dtype: the forward pass's precision.
+        world: the run's processes.
+        deepspeed: what is offloaded, and additional settings.
         max_grad_norm: clip gradients to this norm; 0 = no clipping.
-        own_linear: whether DeepSpeed may replace torch's linear function by one that does not keep gathered weights.
+        own_linear: whether DeepSpeed may replace torch's linear function with one that does not keep gathered weights.
 
     Raises:
         ConfigError: DeepSpeed refuses a value of `deepspeed.config`.
@@ -140,9 +140,8 @@ def settings(
         "train_batch_size": world.size,
         "gradient_clipping": max_grad_norm,
         "bf16": {"enabled": dtype == "bfloat16"},
-        # Otherwise a bfloat16 model's gradients would add up in bfloat16, where late micro-batches are rounded away.
+        # In bfloat16, the contributions of late micro-batches, and of some ranks, would be rounded away.
         "data_types": {"grad_accum_dtype": "fp32"},
-        # So would the ranks' gradients.
         "communication_data_type": "fp32",
         "zero_optimization": {**zero_settings(deepspeed), "memory_efficient_linear": own_linear},
         "zero_force_ds_cpu_optimizer": False,
@@ -151,7 +150,7 @@ def settings(
 
 
 def zero_settings(deepspeed: DeepspeedConfig) -> dict[str, Any]:
-    """The section of ZeRO-3.
+    """The section `zero_optimization`.
 
     Raises:
         ConfigError: DeepSpeed refuses a value of `deepspeed.config`.

@@ -17,11 +17,11 @@ from upge.plan import Plan
 from upge.train.engine import Engine
 from upge.train.sample import Trajectory
 
-#: (factor, plan) → this rank's partitions of ∇ factor·L. It leaves no trace in what is trained; all ranks call it.
+#: (factor, plan) → this rank's partitions of ∇ factor·L. It does not change weights or optimizer; all ranks call it.
 Gradient = Callable[[tuple[float, Plan]], list[Tensor]]
-#: Trajectories that are kept for each term, each of another prompt.
+#: The number of trajectories to keep for each term, at most one per prompt.
 KEPT = 4
-#: Tokens that are kept of a response, around the one with the largest weight.
+#: The number of tokens to keep of a response, around the one with the largest weight.
 WINDOW = 512
 
 
@@ -43,14 +43,14 @@ NO_DIAGNOSTICS = Diagnostics()
 
 
 class TokenWeights(NamedTuple):
-    """The weights of some tokens in one term, for the n tokens whose scale gate·reduction is not zero.
+    """The weights in one term of the n tokens whose scale gate·reduction is not zero.
 
     Attributes:
         row: the trajectory, as a row of the update's batch.
         position: the token's position in the response.
         weight: the number in front of ∇log π_θ.
         scale: |gate·reduction|.
-        gate: the coefficient, the term's included.
+        gate: the gate times the term's coefficient.
     """
 
     row: Int[Tensor, "n"]
@@ -64,12 +64,12 @@ class TopTrajectory(NamedTuple):
     """A trajectory that is among those with the largest weights of a term.
 
     Attributes:
-        term: name of the term.
-        trajectory: with its tokens; its `index` identifies it in the step.
-        gate: its coefficient, the term's included, at the largest weight.
-        largest: the absolute value of that weight, infinite where a weight is NaN.
-        weights: of each response token, the number in front of ∇log π_θ; 0 where the token has no part in the term.
-        relative: the same relative to the token's scale |gate·reduction|.
+        term: the name of the term.
+        trajectory: the trajectory; its `index` identifies it in the step.
+        gate: the gate times the term's coefficient, at the token with the largest weight.
+        largest: the absolute value of that weight, infinite if a weight is NaN.
+        weights: for each response token, the number in front of ∇log π_θ; 0 if the token has no part in the term.
+        relative: these weights divided by the tokens' scale |gate·reduction|.
     """
 
     term: str
@@ -81,7 +81,7 @@ class TopTrajectory(NamedTuple):
 
 
 def token_weights(estimate: Estimate) -> dict[str, TokenWeights]:
-    """For each term the weights of an estimate's tokens, on the CPU."""
+    """For each term, the weights of an estimate's tokens, on the CPU."""
     weights = {}
     for name, factors in estimate.terms.items():
         scale = (factors.gate * factors.reduction).abs()
@@ -138,7 +138,7 @@ def merged(tops: Iterable[TopTrajectory]) -> list[TopTrajectory]:
 def _largest(candidates: Iterable[tuple[float, int, int]]) -> list[tuple[float, int, int]]:
     """The `KEPT` of (weight, index, group) with the largest weights, at most one of each group.
 
-    All rollouts of a prompt often have the same weights, and then one of them shows it all. Weights that differ only by
+    The rollouts of a prompt often all have the same weights, so one of them is enough. Weights that differ only by
     rounding count as equal, so that the choice does not depend on the micro-batches.
     """
     by_group: dict[int, tuple[float, int, int]] = {}
@@ -199,7 +199,7 @@ def _magnitude(weight: float) -> float:
 
 
 def _rounded(value: float) -> float | None:
-    """Six digits, which is the model's precision; None for NaN and infinity, which JSON does not have."""
+    """Six digits, about float32's precision; None for NaN and infinity, which JSON does not have."""
     return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
@@ -210,7 +210,7 @@ def term_gradients(plan: Plan, gradient: Gradient, device: torch.device) -> dict
     have a weight in it, and 4 bytes of memory per parameter over all ranks.
     """
     gradients: dict[str, list[Tensor] | None] = {}
-    # Dropout must draw the same numbers in the update that follows as it would have drawn without this.
+    # So that dropout draws the same numbers in the following update as without these passes.
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         for name in plan.names:
             alone = plan.alone(name)

@@ -26,9 +26,9 @@ class World:
 
     Attributes:
         rank: 0 .. size - 1.
-        size: number of processes.
+        size: the number of processes.
         device: where this rank's part of the model is.
-        group: a gloo group for Python objects, whatever the backend of the tensors; None is the default group.
+        group: the gloo group that exchanges Python objects, even if tensors use nccl; None = the default group.
     """
 
     rank: int
@@ -50,7 +50,7 @@ class World:
         return values
 
     def gather_to_main(self, value: _T) -> list[_T]:
-        """`value` of every rank, in order of rank, on the main rank; elsewhere an empty list."""
+        """`value` of every rank, in order of rank, on the main rank; an empty list on the others."""
         if self.size == 1:
             return [value]
         values: list[Any] | None = [None] * self.size if self.is_main else None  # filled by torch
@@ -66,15 +66,15 @@ class World:
         return values[0]
 
     def barrier(self) -> None:
-        """Wait for all ranks."""
+        """Waits for all ranks."""
         if self.size > 1:
             dist.barrier(group=self.group)
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Raises on all ranks the first UserError or RunError that one of them has in the block, which all ranks run.
+        """Raises the first UserError or RunError of any rank in the block on all ranks; all ranks run the block.
 
-        The block must not contain a collective operation: the other ranks would wait in it for a rank that has failed.
+        The block must not contain a collective operation: the other ranks would wait in it for a rank that failed.
         """
         error: UserError | RunError | None = None
         try:
@@ -85,10 +85,10 @@ class World:
 
 
 def gather_results(world: World, work: Callable[[], _T]) -> list[_T]:
-    """What `work` returns on every rank, in order of rank, on every rank.
+    """What `work` returns on each rank, in order of rank; every rank gets the whole list.
 
     Raises:
-        UserError, RunError: that of the first rank on which `work` raises one, on all ranks.
+        UserError, RunError: `work` raised it on some rank; all ranks raise that of the first such rank.
     """
     result: _T | None = None
     error: UserError | RunError | None = None
@@ -102,7 +102,7 @@ def gather_results(world: World, work: Callable[[], _T]) -> list[_T]:
 
 
 def _raise_first(errors: Sequence[UserError | RunError | None], rank: int, own: UserError | RunError | None) -> None:
-    """Raises the first error of all ranks; this rank's `own` one with its traceback."""
+    """Raises the first error in `errors`; if it is this rank's `own`, with its traceback."""
     for of, error in enumerate(errors):
         if error is not None:
             error = own if of == rank and own is not None else error
@@ -116,31 +116,31 @@ def is_launched() -> bool:
 
 
 def world_size() -> int:
-    """The number of processes that the launcher started, see `check_launched`; known before they are connected."""
+    """The number of processes that the launcher started; known before they are connected, see `check_launched`."""
     return _number("WORLD_SIZE", 1)
 
 
 def launched_rank() -> int:
-    """This process's rank as the launcher set it, see `check_launched`; known before it is connected."""
+    """This process's rank as the launcher set it; known before it is connected, see `check_launched`."""
     return _number("RANK", 0)
 
 
 def local_rank() -> int:
-    """This process's rank among those of its machine, as the launcher set it; known before it is connected."""
+    """This process's rank on its machine, as the launcher set it; known before it is connected."""
     return _number("LOCAL_RANK", launched_rank())
 
 
 def _number(name: str, default: int) -> int:
-    """The value of an environment variable; the default if it is not a number, which `check_launched` refuses."""
+    """The value of an environment variable; the default if it is not a number (`check_launched` refuses that)."""
     text = os.environ.get(name, "")
     return int(text) if text.isascii() and text.isdigit() else default
 
 
 def check_launched() -> None:
-    """Checks the variables with which a launcher tells a process its place.
+    """Checks the environment variables that a launcher sets.
 
     Raises:
-        ConfigError: some are missing, or are not numbers that belong together.
+        ConfigError: some are missing, not numbers, or inconsistent.
     """
     fix = "start several ranks with torchrun, which sets all of them, or unset them for a single process"
     given = {name: os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if name in os.environ}
@@ -153,16 +153,16 @@ def check_launched() -> None:
     needed += ["MASTER_ADDR", "MASTER_PORT"] if given.get("WORLD_SIZE", "1") != "1" else []
     missing = [name for name in needed if name not in os.environ]
     if missing:
-        raise ConfigError(f"of the environment variables {', '.join(needed)}, {missing[0]} is not set; {fix}")
+        raise ConfigError(f"the environment variable {missing[0]} is not set ({', '.join(needed)} are needed); {fix}")
     if int(given["RANK"]) >= int(given["WORLD_SIZE"]):
         raise ConfigError(f"RANK={given['RANK']} is not below WORLD_SIZE={given['WORLD_SIZE']}; {fix}")
 
 
 def connect() -> World:
-    """Joins the process group, through DeepSpeed, which needs it even for one process.
+    """Joins the process group, which DeepSpeed needs even for one process.
 
-    Several ranks meet at MASTER_ADDR, as their launcher set it. A single process meets nobody: its store is in memory,
-    and its backend listens on the loopback interface only.
+    Several ranks meet at MASTER_ADDR, which their launcher set. A single process has its store in memory, and its
+    backend listens only on the loopback interface.
 
     Raises:
         ConfigError: there is a GPU that torch cannot use.
@@ -195,15 +195,15 @@ def connect() -> World:
 
 
 def leave(world: World | None, code: int, together: bool | None = None) -> None:
-    """Ends this process at once, with all output written.
+    """Flushes all output and ends this process at once.
 
-    The libraries' own clean-up at exit sometimes aborts a run that has finished, so the process does not return.
+    It skips the libraries' cleanup at exit, which sometimes aborts a run that has finished.
 
     Args:
-        world: of the run; None without a process group.
+        world: the run's processes; None without a process group.
         code: the exit code.
-        together: wait for the other ranks, because a launcher ends all ranks as soon as one has failed. None waits if
-            the code is 0.
+        together: whether to wait for the other ranks first, because a launcher ends all ranks as soon as one fails;
+            None = wait if the code is 0.
     """
     if world is not None and (code == 0 if together is None else together) and dist.is_initialized():
         world.barrier()

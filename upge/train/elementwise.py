@@ -1,11 +1,11 @@
-"""RMSNorm, rotary embedding and gated activation of a Hugging Face causal LM in compiled functions.
+"""RMSNorm, rotary embedding and gated activation of a Hugging Face causal LM as compiled functions.
 
-In plain PyTorch each operation of these reads its input from memory and writes its result back. torch.compile makes one
-kernel of a norm, one of a rotation and one of an activation, forward and backward. Matrix products, attention and the
+In plain PyTorch every elementwise operation reads its input from memory and writes its result back. torch.compile fuses
+a norm, a rotation or an activation into one forward and one backward kernel. Matrix products, attention and the
 modules' hooks are unchanged, so ZeRO-3, LoRA and activation checkpointing see the same modules and products.
 
-A module is changed only if its code in transformers is that of Llama or Gemma 3, which the functions here repeat. The
-number of tokens is dynamic: another length does not compile again. TORCH_COMPILE_DISABLE=1 switches compilation off.
+A module is changed only if its code in transformers is that of Llama or Gemma 3, which the functions here reproduce.
+The number of tokens is dynamic: a new length causes no recompilation. TORCH_COMPILE_DISABLE=1 disables compilation.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-#: Where models are compiled. On a CPU a compilation takes longer than the short runs there.
+#: The devices for which models are compiled. On a CPU, compilation takes longer than the short runs there.
 DEVICES = frozenset({"cuda"})
-#: Distinct kinds of input that a function is compiled for: with and without gradient, of several models and widths.
+#: How many kinds of input a function is compiled for: with and without gradient, of several models and widths.
 _KINDS = 32
 
 
 def compile_elementwise(network: PreTrainedModel) -> Mapping[str, int]:
-    """Compiles the norms, rotary embeddings and gated activations of a model whose code is known, in place.
+    """Compiles a model's norms, rotary embeddings and gated activations in place, where their code is known.
 
     Args:
         network: before or after DeepSpeed has partitioned it.
@@ -49,7 +49,7 @@ def compile_elementwise(network: PreTrainedModel) -> Mapping[str, int]:
 
 
 def rms_norm(hidden: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """w · x / √(mean x² + ε), with the quotient in float32 and the product in the input's type, as in Llama."""
+    """w · x / √(mean x² + ε), with the quotient in float32 and the product in the input's dtype, as in Llama."""
     wide = hidden.float()
     normalized = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
     return weight * normalized.to(hidden.dtype)
@@ -92,7 +92,7 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 def _call(function: Callable[..., Any], dims: Sequence[int], *arguments: Any) -> Any:
     """The function's compiled result; `dims` are the dimensions of the tokens in the first arguments.
 
-    The single token of a rank without work is not worth a compilation of its own.
+    A single token, as on a rank without work, is computed without compilation.
     """
     tensors = arguments[: len(dims)]
     if tensors[0].shape[dims[0]] == 1:
@@ -103,7 +103,7 @@ def _call(function: Callable[..., Any], dims: Sequence[int], *arguments: Any) ->
 
 
 def _norm(module: nn.Module) -> Callable[..., Tensor] | None:
-    """The forward of a norm, or None if it is not a known one."""
+    """The forward of a norm, or None if the module is not a known one."""
     from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
@@ -120,7 +120,7 @@ def _norm(module: nn.Module) -> Callable[..., Tensor] | None:
         # norms these as [1, heads, N, size].
         tokens = 1 if hidden.dim() < 4 or function is rms_norm else 2
         if hidden.dim() == 4 and hidden.shape[3 - tokens] == 1:
-            # A view of a single head has strides that would be compiled anew for each number of tokens.
+            # A view of a single head has strides that would cause a recompilation for each number of tokens.
             return function(hidden, self.weight, getattr(self, epsilon))
         return _call(function, (tokens,), hidden, self.weight, getattr(self, epsilon))
 
@@ -130,7 +130,7 @@ def _norm(module: nn.Module) -> Callable[..., Tensor] | None:
 def _rotary(module: nn.Module) -> Callable[..., Any] | None:
     """The forward of an attention layer with a compiled rotary embedding, or None if its rotation is not the known one.
 
-    The forward is the layer's own code, with another function under the name that it calls.
+    It is the layer's own forward, in which `apply_rotary_pos_emb` refers to the compiled function.
     """
     from transformers.models.llama import modeling_llama as llama
 
@@ -153,7 +153,7 @@ def _rotary(module: nn.Module) -> Callable[..., Any] | None:
 
 
 def _gated(module: nn.Module) -> Callable[..., Tensor] | None:
-    """The forward of an MLP with a gated activation, or None if it is not a known one."""
+    """The forward of an MLP with a gated activation, or None if the module is not a known one."""
     from transformers.activations import ACT2FN
     from transformers.models.llama.modeling_llama import LlamaMLP
 
@@ -172,7 +172,7 @@ def _gated(module: nn.Module) -> Callable[..., Tensor] | None:
 
 
 def _same_code(given: Any, known: Any) -> bool:
-    """Whether two functions do the same, apart from their documentation and annotations."""
+    """Whether two functions have the same code, apart from docstrings and annotations."""
     one, other = (getattr(unwrap(function), "__code__", None) for function in (given, known))
     if one is None or other is None:
         return False

@@ -1,4 +1,4 @@
-"""The models of a run under DeepSpeed ZeRO-3: policy, critic, reference policy; and the sampler's copy of weights."""
+"""A run's models under DeepSpeed ZeRO-3 (policy, critic, reference policy), and the sampler's copy of the weights."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ from upge.train.packed_policy import Objective, PackedPolicy, PackedValue
 from upge.train.packing import PackedBatch, pack
 from upge.train.sample import TokenIds
 
-#: Parameters are gathered for the sampler in buckets of about this size.
+#: The approximate size of the buckets in which parameters are gathered for the sampler.
 _BUCKET_BYTES = 512 * 2**20
-#: An output embedding [V, D] and its bias; None where they are the policy's own.
+#: An output embedding [V, D] and its bias; None if they are the policy's own.
 OutputWeights = tuple[Tensor | None, Tensor | None]
-#: The folder of the LoRA adapters in that of an exported model.
+#: The folder of the LoRA adapters within the folder of an exported model.
 ADAPTER = "adapter"
 
 
@@ -46,14 +46,14 @@ class Engine(DeepSpeedModule):
     """The policy's weights, gradients and optimizer, partitioned over the ranks.
 
     Log-probs are computed at `temperature`, as in sampling. With `model.lora.rank` only LoRA adapters are trained;
-    their first values and dropout follow from `seed`.
+    their initial values and dropout follow from `seed`.
 
     Attributes:
         adapter: the LoRA adapters, or None if all weights are trained.
 
     Raises:
-        ModelError: the model cannot be loaded, is not complete, or cannot run packed rows.
-        ConfigError: a setting of `model.lora` that does not fit the model.
+        ModelError: the model cannot be loaded, is incomplete, or cannot run packed rows.
+        ConfigError: a setting of `model.lora` does not fit the model.
     """
 
     def __init__(
@@ -76,13 +76,13 @@ class Engine(DeepSpeedModule):
     def forward(self, trajectories: Sequence[TokenIds]) -> Float[Tensor, "B T"]:
         """Log-probs [B, T] of the responses of (prompt_ids, response_ids) pairs, with gradient.
 
-        Every rank must call it equally often; a rank without work passes no trajectories.
+        All ranks must make the same number of calls; a rank without work passes no trajectories.
         """
         packed = self.pack(trajectories)
         return packed.pad(self.logprobs(packed)[0])
 
     def score_norms(self, trajectories: Sequence[TokenIds]) -> Float[Tensor, "B T"]:
-        """[B, T] ‖∂ log π_θ/∂z‖² of the responses' tokens, z their logits; without gradient, called like `forward`."""
+        """[B, T] ‖∂ log π_θ/∂z‖² of each response token with logits z, without gradient; called like `forward`."""
         packed = self.pack(trajectories)
         return packed.pad(self._run(packed, score_norms=True)[0])
 
@@ -93,14 +93,14 @@ class Engine(DeepSpeedModule):
     def logprobs(self, packed: PackedBatch, entropy: bool = False) -> tuple[Tensor, Tensor | None]:
         """Log-probs [n] of the responses in packed order and entropies [n] or None, with gradient.
 
-        Every rank must call it equally often; a rank without work packs no trajectories.
+        All ranks must make the same number of calls; a rank without work packs no trajectories.
         """
         return self._run(packed, entropy=entropy)
 
     def loss(self, packed: PackedBatch, objective: Objective) -> tuple[Tensor, Tensor, Tensor]:
-        """(loss, logprobs [n], entropies [n]). The gradient flows through the loss only; part of it is computed here.
+        """(loss, logprobs [n], entropies [n]). Only the loss carries a gradient, part of which is computed here.
 
-        Every rank must call it equally often; a rank without work packs no trajectories, and its loss is 0.
+        All ranks must make the same number of calls; a rank without work packs no trajectories, and its loss is 0.
         """
         return self._run(packed, objective=objective)
 
@@ -110,7 +110,7 @@ class Engine(DeepSpeedModule):
         return self._engine(packed, states=True)[0]
 
     def output(self) -> AbstractContextManager[OutputWeights]:
-        """No output embedding: the head of the policy's own forward has it."""
+        """No output embedding, because the head of the policy's own forward has it."""
         return nullcontext((None, None))
 
     def _run(self, packed: PackedBatch, **arguments: Any) -> Any:
@@ -121,16 +121,16 @@ class Engine(DeepSpeedModule):
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """(Hugging Face name, whole tensor) of every weight, on every rank; gathered in buckets.
 
-        The weights of a model with adapters are those of the base model with the adapters added. A tensor is valid
-        until the next one is asked for. Every rank must exhaust the iterator.
+        With adapters, these are the merged weights. A tensor is valid until the next one is requested. Every rank must
+        exhaust the iterator.
         """
         for weight in _gathered(self._weights()):
             yield weight.name, weight.merged()
 
     def export(self, folder: Path) -> None:
-        """Writes the model in Hugging Face format (safetensors), from rank 0; all ranks call it.
+        """Writes the model in Hugging Face format (safetensors) from rank 0; all ranks call it.
 
-        With LoRA this is the merged model; the adapter is written to folder/adapter in PEFT's format.
+        With LoRA this is the merged model, and the adapter is also written to folder/adapter in PEFT's format.
 
         Raises:
             StorageError: a file cannot be written; all ranks raise it.
@@ -164,11 +164,11 @@ class CriticEngine(DeepSpeedModule):
     """V(prompt, response up to t) with its own backbone, partitioned over the ranks.
 
     The backbone is the trunk of the causal LM at `critic.path`, or at `model.path` if that is empty. dtype, activation
-    checkpointing and AdamW's settings are the policy's, except the learning rate. `model.overrides` apply to the model
-    at `model.path` only.
+    checkpointing and AdamW's settings are the policy's, except the learning rate. `model.overrides` apply only to the
+    model at `model.path`.
 
     Raises:
-        ModelError: the model cannot be loaded, is not complete, or cannot run packed rows.
+        ModelError: the model cannot be loaded, is incomplete, or cannot run packed rows.
     """
 
     def __init__(
@@ -191,10 +191,10 @@ class CriticEngine(DeepSpeedModule):
     def forward(self, trajectories: Sequence[TokenIds]) -> Float[Tensor, "B T"]:
         """Values [B, T] of the states before each response token of (prompt_ids, response_ids) pairs, with gradient.
 
-        Every rank must call it equally often; a rank without work passes no trajectories.
+        All ranks must make the same number of calls; a rank without work passes no trajectories.
 
         Raises:
-            ModelError: a token that is not in the backbone's vocabulary.
+            ModelError: a token is not in the backbone's vocabulary.
         """
         check_tokens(trajectories, self._vocabulary, self._key)
         packed = pack(trajectories, self.world.device)
@@ -204,10 +204,11 @@ class CriticEngine(DeepSpeedModule):
 class ReferencePolicy:
     """The model at `model.path` without gradients or optimizer, its weights partitioned over the ranks by ZeRO-3.
 
-    `temperature` is that of the log-probs, as in training; `key` is the setting that gave `model.path`, for messages.
+    Log-probs are computed at `temperature`, as in training. `key` is the setting that `model.path` comes from, for
+    messages.
 
     Raises:
-        ModelError: the model cannot be loaded, is not complete, or cannot run packed rows.
+        ModelError: the model cannot be loaded, is incomplete, or cannot run packed rows.
     """
 
     def __init__(
@@ -231,7 +232,7 @@ class ReferencePolicy:
         """As `Engine.forward`, without gradient.
 
         Raises:
-            ModelError: a token that is not in the model's vocabulary.
+            ModelError: a token is not in the model's vocabulary.
         """
         check_tokens(trajectories, self._vocabulary, self._key)
         packed = pack(trajectories, self.world.device)
@@ -255,7 +256,7 @@ class ReferencePolicy:
 
 
 class BasePolicy:
-    """The policy's model without its adapters, as the reference policy: it takes no memory of its own."""
+    """The policy's model without its adapters, as a reference policy that takes no extra memory."""
 
     def __init__(self, policy: Engine) -> None:
         assert policy.adapter is not None
@@ -273,23 +274,23 @@ class BasePolicy:
             return self._policy.states(packed)
 
     def output(self) -> AbstractContextManager[OutputWeights]:
-        """No output embedding: the policy's own has no adapter."""
+        """No output embedding, because the policy's own has no adapter."""
         return self._policy.output()
 
 
 #: A model that predicts the responses without being trained: the initial policy, another model, or a base model.
 FrozenPolicy = ReferencePolicy | BasePolicy
-#: The teacher may also be the policy itself, with its present weights, on another prompt.
+#: The teacher may also be the policy itself, with its current weights, on another prompt.
 Teacher = FrozenPolicy | Engine
 
 
 class SamplerState(Enum):
-    """What the sampler's weights are worth.
+    """The state of the sampler's weights.
 
     Attributes:
-        STALE: awake, with other weights.
-        FRESH: awake, with the weights that were asked for, rounded as the last refresh asked.
-        ASLEEP: its GPU memory is free for training; it has no weights until the next refresh.
+        STALE: awake, with outdated weights.
+        FRESH: awake, with the weights and the rounding of the last `refresh`.
+        ASLEEP: its GPU memory is free for training; it has no weights until the next `refresh`.
     """
 
     STALE = "stale"
@@ -312,13 +313,13 @@ class WeightSync:
         self._bits = 0
 
     def refresh(self, weights: Weights | None = None, bits: int = 0) -> float:
-        """Makes the sampler's weights those of the policy; returns the seconds it took, 0 if they were fresh.
+        """Copies the policy's weights to the sampler; returns the seconds it took, or 0 if they were fresh.
 
         All ranks call it.
 
         Args:
-            weights: of an earlier step; None = the present ones.
-            bits: to which weight matrices are rounded (`rollout.noise.weight_bits`); 0 = not at all.
+            weights: the weights of an earlier step; None = the current weights.
+            bits: the bits to which weight matrices are rounded (`rollout.noise.weight_bits`); 0 = no rounding.
         """
         if self.state is SamplerState.FRESH and weights is self._weights and bits == self._bits:
             return 0.0
@@ -329,20 +330,20 @@ class WeightSync:
         return time.perf_counter() - began
 
     def restart(self) -> None:
-        """Starts the sampler's engine anew, with the weights of the last `refresh`; all ranks call it."""
+        """Restarts the sampler's engine with the weights of the last `refresh`; all ranks call it."""
         self.sampler.restart()
         self.state = SamplerState.STALE
         self.refresh(self._weights, self._bits)
 
     def sleep(self) -> None:
-        """Frees the sampler's GPU memory for an update; the update makes the sampler's weights stale."""
+        """Frees the sampler's GPU memory for an update."""
         if self.state is not SamplerState.ASLEEP:
             self.sampler.sleep()
             self.state = SamplerState.ASLEEP
 
 
 def _gathered(weights: Sequence[Weight]) -> Iterator[Weight]:
-    """The weights one after another, whole on every rank until the next one is asked for."""
+    """The weights one after another, each whole on every rank until the next one is requested."""
     import deepspeed
 
     for bucket in buckets(weights):

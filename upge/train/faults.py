@@ -1,7 +1,7 @@
-"""The place of a fault on purpose in a run, and the mark of a model that was trained with one.
+"""How a run takes a fault on purpose, and the mark of a model that was trained with one.
 
-A fault replaces objects of a run by others of the same kind. The trainer asks for no particular one and has none in
-itself: what exists is in `experiments.run.faults`.
+A fault replaces objects of a run by others of the same type. The faults themselves are in `experiments.run.faults`; the
+trainer contains none.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 #: The value of the key `fault` without a fault.
 NONE = "none"
-#: In the folder of a model that was trained with a fault: {"fault": name}.
+#: The file in the folder of a model that was trained with a fault: {"fault": name}.
 MARK = "fault.json"
 
 
@@ -32,14 +32,14 @@ def _same(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Fault:
-    """What the objects of a run are replaced by. Without a fault they are themselves.
+    """Functions that replace objects of a run; by default they return the object unchanged.
 
     Attributes:
-        name: as the key `fault` gives it.
-        summary: what it changes, one sentence.
-        examples: the training set that the steps use, from the one that was prepared.
-        sampler: the engine of training rollouts, from the one that was started.
-        updater: what makes updates, from the one that a learner has built.
+        name: the value of the key `fault`.
+        summary: what the fault changes, in one sentence.
+        examples: maps the training set that was prepared to the one that the steps use.
+        sampler: maps the sampler that was started to the one that training rollouts use.
+        updater: maps the updater that a learner has built to the one that makes the updates.
     """
 
     name: str = NONE
@@ -58,16 +58,16 @@ class Fault:
         return {f"fault/{self.name}": 1.0} if self.is_on else {}
 
     def describe(self) -> str:
-        """What a run says about itself; empty without a fault."""
+        """The line that a run prints; empty without a fault."""
         return f"FAULT ON PURPOSE, fault={self.name}: {self.summary}" if self.is_on else ""
 
     def mark(self, folder: Path) -> None:
-        """Marks the exported model in `folder`: MARK, and a model card. Nothing is written without a fault."""
+        """Marks the exported model in `folder` by the file MARK and a model card; does nothing without a fault."""
         if not self.is_on:
             return
         card = (
             f"# A model trained with a fault on purpose\n\n`fault={self.name}`: {self.summary}\n\n"
-            "It shows what the fault does. It is not a result of its algorithm; do not use it as one.\n"
+            "It shows the effect of the fault. Do not report it as a result of the algorithm.\n"
         )
         (folder / MARK).write_text(json.dumps({"fault": self.name}) + "\n", "utf-8")
         (folder / "README.md").write_text(card, "utf-8")
@@ -82,12 +82,12 @@ def check_mark(folder: str | Path, name: str = NONE, key: str = "model.path") ->
     """Refuses a model that was trained with another fault than `name`.
 
     Raises:
-        ConfigError: by `key`.
+        ConfigError: the model has another fault; the error's key is `key`.
     """
     found = marked(folder)
     if found not in (NONE, name):
         raise ConfigError(
-            f"'{folder}' was trained with a fault on purpose, fault={found} ({MARK} in it); choose a model that was "
-            "not, and do not take this one for a result",
+            f"'{folder}' was trained with a fault on purpose, fault={found} (see its {MARK}); choose a model that was "
+            "trained without one",
             key,
         )

@@ -1,4 +1,4 @@
-"""Files of a run or an evaluation: the lock of its folder, files that survive interruptions, records, full disks."""
+"""Files of a run or an evaluation: the folder's lock, atomic writes, records, and errors such as full disks."""
 
 from __future__ import annotations
 
@@ -19,32 +19,32 @@ from yaml import YAMLError
 from upge.errors import ConfigError, StorageError, UserError
 from upge.trees import first_line, read_yaml
 
-#: In a folder that is in use, or was.
+#: The lock file of a folder. It may remain after use.
 LOCK = ".lock"
-#: What the operating system says where there are no locks, as on some network file systems.
+#: The error numbers of file systems without locks, such as some network file systems.
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 _FULL = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
     errno.EFBIG: "the limit on the size of files (`ulimit -f`) is reached",
 }
-#: How the writers of torch and safetensors report what the operating system said.
+#: How the writers of torch and safetensors report errors of the operating system.
 _WRITER_ERRORS = re.compile(r"os error (\d+)|PytorchStreamWriter|inline_container|iostream error|file write failed")
-#: Reading untrusted text: what json and yaml raise for it.
+#: What json and yaml raise for text that they cannot read.
 UNREADABLE = (ValueError, RecursionError, AssertionError, YAMLError, OmegaConfBaseException)
 
 
 @contextmanager
 def locked(folder: Path, refusal: str, tidy: bool = False) -> Iterator[int]:
-    """Locks a folder in the block and yields the lock's file descriptor. A missing folder is made.
+    """Locks a folder in the block and yields the lock's file descriptor. A missing folder is created.
 
-    The lock ends with this process and with those that got the descriptor through `pass_fds`; processes that are forked
-    do not keep it. With `tidy`, a folder that the block leaves empty is removed again if it was made here. On a file
-    system without locks there is a warning.
+    This process holds the lock, and so do processes that get the descriptor through `pass_fds`, until they end; forked
+    processes do not. With `tidy`, a folder that was created here is removed again if the block leaves it empty. On a
+    file system without locks this only warns.
 
     Raises:
         ConfigError: another process holds the lock; `refusal` is the message.
-        StorageError: the folder or the file in it cannot be made.
+        StorageError: the folder or the file in it cannot be created.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     path = folder / LOCK
@@ -73,7 +73,7 @@ def _lock(file: IO[str], path: Path, refusal: str) -> None:
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise StorageError(f"{path} cannot be locked: {error.strerror}; choose another folder") from error
-        warnings.warn(f"{path.parent}: its file system has no locks; start only one process there", stacklevel=4)
+        warnings.warn(f"{path.parent}: the file system has no locks; use this folder in one process only", stacklevel=4)
     # The process that held the lock before may have removed the folder.
     if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
         raise ConfigError(refusal)
@@ -84,7 +84,7 @@ _held: set[int] = set()
 
 
 def _release_in_child() -> None:
-    """Lets a forked process refer to nothing where its parent has a lock; the descriptors stay valid numbers."""
+    """Points a forked process's copies of the locks' descriptors to /dev/null; the numbers stay valid."""
     for descriptor in _held:
         nothing = os.open(os.devnull, os.O_RDWR)
         os.dup2(nothing, descriptor, inheritable=False)
@@ -96,14 +96,14 @@ os.register_at_fork(after_in_child=_release_in_child)
 
 
 def is_empty(folder: Path) -> bool:
-    """True if a folder does not exist, or holds nothing but a lock."""
+    """True if a folder does not exist or holds nothing but a lock."""
     return not folder.exists() or folder.is_dir() and all(path.name == LOCK for path in folder.iterdir())
 
 
 def write_atomically(path: Path, text: str | bytes) -> None:
-    """Replaces the file's content and syncs it; an interruption leaves the old content or the new, never a part.
+    """Replaces the file's content and syncs it; an interruption leaves either the old or the new content.
 
-    Half a surrogate pair, which UTF-8 cannot encode, is written as the escape that JSON has for it.
+    Lone surrogates, which UTF-8 cannot encode, are written as JSON's escapes.
 
     Raises:
         StorageError: it cannot be written.
@@ -128,13 +128,13 @@ def append(path: Path, text: str) -> None:
 
 
 def sync(file: IO[bytes]) -> None:
-    """Waits until the content of a file is on the disk."""
+    """Waits until the file's content is on the disk."""
     file.flush()
     os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:
-    """Waits until the names in a folder are on the disk; file systems that cannot do this are left alone."""
+    """Waits until the names in a folder are on the disk; does nothing on file systems that do not support it."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         with suppress(OSError):
@@ -145,10 +145,10 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turns errors of writing in the block, also those of torch and safetensors, into a StorageError.
+    """Turns write errors in the block, including those of torch and safetensors, into a StorageError.
 
     Raises:
-        StorageError: the message names `path` and what the operating system said.
+        StorageError: the message names `path` and the operating system's reason.
     """
     try:
         yield
@@ -175,7 +175,7 @@ def sync_files(folder: Path) -> None:
 
 
 def disk_reason(error: BaseException) -> str | None:
-    """Why an error means that something cannot be written, as a clause; None if it means something else."""
+    """The reason why something could not be written, as a clause; None if the error has another cause."""
     chain: BaseException | None = error
     while chain is not None:
         if isinstance(chain, OSError):
@@ -189,7 +189,7 @@ def disk_reason(error: BaseException) -> str | None:
 
 
 def is_full(error: BaseException) -> bool:
-    """Whether an error of the operating system says that a disk, a quota or a limit is used up."""
+    """Whether an error means that a disk is full, a quota used up or a size limit reached."""
     return isinstance(error, OSError) and error.errno in _FULL
 
 
@@ -197,7 +197,7 @@ def read_json(path: Path, fix: str) -> dict[str, Any]:
     """The object in a JSON file; empty if there is no such file.
 
     Raises:
-        ConfigError: it cannot be read or holds something else; `fix` says what to do.
+        ConfigError: the file cannot be read or holds something else; `fix` says what to do.
     """
     if not path.is_file():
         return {}
@@ -214,7 +214,7 @@ def read_tree(path: Path, fix: str) -> dict[str, Any]:
     """The settings in a YAML file, without resolving interpolations.
 
     Raises:
-        ConfigError: it cannot be read or holds something else; `fix` says what to do.
+        ConfigError: the file cannot be read or holds something else; `fix` says what to do.
     """
     try:
         tree = read_yaml(path)
@@ -228,13 +228,13 @@ def read_tree(path: Path, fix: str) -> dict[str, Any]:
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The records of a jsonl file whose lines have a `step`.
 
-    Unreadable lines are left out with a warning. A last line that an interruption cut off is left out without one.
+    Unreadable lines are skipped with a warning. A last line that an interruption cut off is skipped without one.
     """
     return [record for record, _ in numbered_lines(path) if record is not None]
 
 
 def numbered_lines(path: Path) -> Iterator[tuple[dict[str, Any] | None, bytes]]:
-    """The record of each line of a jsonl file, None if it is unreadable, with its bytes; warns as `read_lines` does."""
+    """(record, bytes) of each line of a jsonl file, with None for an unreadable record; warns like `read_lines`."""
     lines = path.read_bytes().split(b"\n")
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -242,7 +242,7 @@ def numbered_lines(path: Path) -> Iterator[tuple[dict[str, Any] | None, bytes]]:
         record = _record(line)
         # What follows the last newline is a line that was cut off.
         if record is None and number < len(lines):
-            warnings.warn(f"{path}:{number}: this line is not a record of a step; it is left out", stacklevel=3)
+            warnings.warn(f"{path}:{number}: this line is not a record of a step; it is skipped", stacklevel=3)
         if record is not None or number < len(lines):
             yield record, line
 

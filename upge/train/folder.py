@@ -1,4 +1,4 @@
-"""The folder of a run: the files that it writes, and the state that an interrupted run continues from."""
+"""The folder of a run: the files that the run writes, and the checkpoints that it continues from."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from upge.train.files import (
     write_atomically,
 )
 
-#: Keys, and sections with all their keys, that may differ between a run and its continuation: none changes a gradient.
+#: Keys and whole sections that may differ between a run and its continuation. None of them changes a gradient.
 FREE_KEYS = (
     *(
         "steps",
@@ -47,15 +47,15 @@ FREE_KEYS = (
     *("verify.workers", "verify.time_limit", "verify.memory_limit", "verify.environment", "verify.network"),
     *("rollout.memory_fraction", "rollout.max_sequences", "rollout.max_batched_tokens"),
 )
-#: Files with lines of single steps, and folders with a file for each of some steps.
+#: Files with one or more lines per step, and folders with one file per logged step.
 LINES, FOLDERS = ("metrics.jsonl", "evaluations.jsonl", "prompts.jsonl", "alarms.jsonl"), ("rollouts", "tokens")
-#: The meaning of a recorded folder's keys and metrics. Run folders of upge 0.1 have none in run.json.
+#: The version of the names of keys and metrics in a run's folder. Folders of upge 0.1 have none in run.json.
 FORMAT = 2
 #: What to do about a file that cannot be read.
 _FIX = "restore the file that the run wrote, or choose another output"
-#: What run.json keeps of every start.
+#: The fields that run.json keeps of every start.
 _START = ("command", "started", "from_step", "world_size")
-#: In best/, the evaluation that it comes from.
+#: The file in best/ with the evaluation that it comes from.
 BEST_METADATA = "evaluation.json"
 
 
@@ -69,7 +69,7 @@ class RunFolder:
 
     @property
     def is_finished(self) -> bool:
-        """True once the last step's model is written; a continuation with more steps makes it False again."""
+        """True once the last step's model is written; continuing with more steps makes it False again."""
         return self.metadata.get("finished_step") is not None
 
     @property
@@ -77,8 +77,7 @@ class RunFolder:
         """The content of run.json; empty if there is none yet.
 
         Raises:
-            ConfigError: it cannot be read, or another version of upge wrote it, whose keys and metrics have other
-                names.
+            ConfigError: it cannot be read, or a version of upge with other names of keys and metrics wrote it.
         """
         metadata = read_json(self.path / "run.json", _FIX)
         check_format(self.path, metadata)
@@ -89,9 +88,9 @@ class RunFolder:
         """The evaluation that best/ comes from: `step`, `mean`, `samples`; empty if there is no best/.
 
         Raises:
-            ConfigError: its file cannot be read or lacks one of these numbers.
+            ConfigError: the file cannot be read or lacks one of these numbers.
         """
-        path, fix = self.best / BEST_METADATA, f"remove {self.best}, and the run keeps the best model from now on"
+        path, fix = self.best / BEST_METADATA, f"remove {self.best}; the run then keeps the best model from now on"
         metadata = read_json(path, fix)
         numbers = [metadata.get(name) for name in ("step", "mean", "samples")]
         if metadata and not all(isinstance(number, int | float) for number in numbers):
@@ -109,7 +108,7 @@ class RunFolder:
         return _tag(step)
 
     def resume_step(self, resume: str) -> int | None:
-        """The step to continue from: that of the newest checkpoint, or of the one that `resume` names; None = 0.
+        """The step of the newest checkpoint, or of the one that `resume` names; None = start from step 0.
 
         Raises:
             ConfigError: there is no checkpoint of this name.
@@ -120,7 +119,7 @@ class RunFolder:
         names = {self.tag(step): step for step in steps}
         if resume not in names:
             there = f"it has {', '.join(names)}" if names else "it has none"
-            raise ConfigError(f"found {resume!r}, which is no checkpoint of {self.path}; {there}", "resume")
+            raise ConfigError(f"found {resume!r}, which is not a checkpoint of {self.path}; {there}", "resume")
         return names[resume]
 
     @contextmanager
@@ -135,11 +134,11 @@ class RunFolder:
             yield
 
     def open(self, config: Mapping[str, Any], resume: str) -> bool:
-        """Checks that this run may write here; True if it continues an earlier run. Nothing is written.
+        """Checks that this run may write here; True if it continues an earlier run. Writes nothing.
 
         Raises:
-            ConfigError: the folder cannot be made, or holds something else, a finished run, a run with other settings,
-                or a file that cannot be read.
+            ConfigError: the folder cannot be created, or holds something else, a finished run, a run with other
+                settings, or a file that cannot be read.
         """
         self._check_parent()
         self.resume_step(resume)
@@ -157,15 +156,15 @@ class RunFolder:
             key = different[0]
             raise ConfigError(
                 f"output: {self.path} holds a run with another {key} ({_at(old, key)!r}, now {_at(config, key)!r}); "
-                "choose another folder, or the settings of its config.yaml to continue it"
+                "choose another folder, or continue the run with the settings of its config.yaml"
             )
-        _ = self.best_metadata  # read when the run evaluates
+        _ = self.best_metadata  # raises now rather than at the run's first evaluation
         if self.is_finished and self._steps(old) >= int(config["steps"]):
             raise ConfigError(f"output: {self.path} holds a finished run; choose another folder, or more steps")
         if self.is_finished and not self.checkpoint_steps():
             raise ConfigError(
                 f"output: {self.path} holds a finished run without a checkpoint (checkpoint.every=0) to continue from; "
-                f"choose another folder, and model={self.final} to start from its model"
+                f"choose another folder, with model={self.final} to start from its model"
             )
         if self.checkpoint_steps() and self.checkpoint_steps()[-1] > int(config["steps"]):
             raise ConfigError(
@@ -189,7 +188,7 @@ class RunFolder:
             raise ConfigError(f"output: {self.path} cannot be created: {existing} is not a writable folder")
 
     def start(self, config: Mapping[str, Any], metadata: Mapping[str, Any], continues: bool) -> None:
-        """Writes the resolved configuration and run.json, which also keeps a list of earlier starts.
+        """Writes the resolved configuration and run.json, which also lists earlier starts.
 
         Raises:
             ConfigError: another run has taken the folder in the meantime.
@@ -219,7 +218,7 @@ class RunFolder:
     def is_best(self, line: Mapping[str, Any]) -> bool:
         """True if this evaluation's mean@k is above that of every earlier one, or there is no best/ yet."""
         best = self.best_metadata
-        # A best/ of this step or a later one is from before the run was continued; its evaluation was dropped.
+        # The run wrote a best/ of a later step before it was resumed at an earlier one, which dropped its evaluation.
         return not best or best["step"] > line["step"] or _mean(line) > best["mean"]
 
     def settle_best(self, line: Mapping[str, Any]) -> None:
@@ -235,8 +234,8 @@ class RunFolder:
         write_atomically(self.path / "run.json", json.dumps(metadata, indent=2, ensure_ascii=False) + "\n")
 
     def rewind(self, step: int) -> None:
-        """Drops everything recorded after `step`, because it will be recorded again. Unreadable lines stay."""
-        # First the checkpoints: if this is interrupted, the run must not go on from one whose records are gone.
+        """Drops everything recorded after `step`, because it will be recorded again. Unreadable lines remain."""
+        # Checkpoints go first: after an interruption, the run must not continue from one whose records are gone.
         for later in (later for later in self.checkpoint_steps() if later > step):
             shutil.rmtree(self.checkpoints / self.tag(later))
         for path in (path for name in LINES if (path := self.path / name).is_file()):
@@ -246,12 +245,12 @@ class RunFolder:
             if (step_of(path.stem) or 0) > step:
                 path.unlink()
         if not self.best.exists() and (self.best_partial / BEST_METADATA).is_file():
-            self.best_partial.rename(self.best)  # it is complete, and the earlier one is gone
+            self.best_partial.rename(self.best)  # best.partial is complete, and the earlier best/ is gone
         for path in (*self.checkpoints.glob("*.partial"), self.final_partial, self.best_partial):
             shutil.rmtree(path, ignore_errors=True)
 
     def is_evaluated(self, step: int) -> bool:
-        """True if evaluations.jsonl has a line of this step."""
+        """True if evaluations.jsonl has a line for this step."""
         path = self.path / "evaluations.jsonl"
         return path.is_file() and any(line["step"] == step for line in read_lines(path))
 
@@ -265,20 +264,20 @@ class RunFolder:
         write_atomically(self.path / folder / f"{_tag(step)}.jsonl", text)
 
     def make_room(self, step: int, needed: int, keep: int) -> None:
-        """Removes old checkpoints, so that `keep` of them remain with a new one, which needs `needed` bytes.
+        """Removes old checkpoints so that, with a new one of `needed` bytes, `keep` checkpoints remain.
 
-        The newest one stays until the new one is complete, and with keep=0 all of them stay.
+        The newest one remains until the new one is complete. With keep=0 all of them remain.
 
         Raises:
-            StorageError: the new one does not fit on the disk.
+            StorageError: the new checkpoint does not fit on the disk.
         """
         if keep:
             self._keep_newest(max(keep - 1, 1))
         free = shutil.disk_usage(self.checkpoints).free
         if needed > free:
             raise StorageError(
-                f"the checkpoint of step {step} needs {needed / 2**30:.2f} GiB, and {free / 2**30:.2f} GiB are free on "
-                f"the disk of {self.checkpoints}"
+                f"the checkpoint of step {step} needs {needed / 2**30:.2f} GiB, but only {free / 2**30:.2f} GiB are "
+                f"free on the disk of {self.checkpoints}"
             )
 
     def settle(self, step: int, keep: int) -> None:
@@ -297,7 +296,7 @@ class RunFolder:
 
 
 def step_of(name: str) -> int | None:
-    """The step of a name that a run gives to files and checkpoints; None for any other name, such as that of a copy."""
+    """The step in the name of a run's file or checkpoint; None for any other name, such as that of a copy."""
     digits = name.removeprefix("step_")
     is_step = digits.isascii() and digits.isdigit() and len(digits) < 20 and _tag(int(digits)) == name
     return int(digits) if is_step else None
@@ -308,7 +307,7 @@ def _tag(step: int) -> str:
 
 
 def check_format(path: Path, metadata: Mapping[str, Any]) -> None:
-    """Refuses the folder of a run of another version, by the content of its run.json.
+    """Refuses a run's folder that another version wrote, by the content of its run.json.
 
     Raises:
         ConfigError: the message names the version.
@@ -325,7 +324,7 @@ def check_format(path: Path, metadata: Mapping[str, Any]) -> None:
 def _may_be_longer(config: Mapping[str, Any]) -> bool:
     """True if a longer run would have had the same steps so far.
 
-    That is so if no stage and no learning rate depends on the number of steps.
+    This holds if no stage and no learning rate depends on the number of steps.
     """
     return "stages" not in config.get("algo", {}) and config.get("optimizer", {}).get("schedule") in (None, "constant")
 

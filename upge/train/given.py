@@ -18,8 +18,8 @@ class GivenTrajectories:
     """Makes the trajectories that the data set has for a prompt.
 
     Args:
-        config: of the run.
-        needs: of the algorithm.
+        config: the run's settings.
+        needs: the algorithm's needs.
         examples: the training set.
         rewards: verifier → how it rewards; empty if the run has no verifiers.
     """
@@ -30,10 +30,7 @@ class GivenTrajectories:
         self.config, self.needs, self.examples, self.rewards = config, needs, examples, rewards
 
     def of_prompt(self, group: int, index: int, step: int) -> list[Trajectory]:
-        """The trajectories that the data set has for a prompt.
-
-        These are its demonstrations, or a pair: the first demonstration as the chosen side, and the rejected side.
-        """
+        """The prompt's demonstrations, or its pair: the first demonstration (chosen) and the rejected response."""
         example = self.examples[index]
         if self.needs.preference_pairs and example.rejected_ids is not None and has_pair(example):
             chosen = self._demonstration(index, group, example, 0)
@@ -81,8 +78,8 @@ def demonstration_metrics(
 ) -> dict[str, float]:
     """The share of a step's prompts whose demonstrations were all dropped, and of its demonstrations that were cut.
 
-    Dropped ones exceed the length limit. A demonstration was cut if it does not end with a stop token, whatever cut it;
-    the metric is absent in a step without one.
+    Dropped demonstrations exceed the length limit. A demonstration counts as cut if it does not end with a stop token;
+    the second metric is absent if none was cut.
     """
     chosen = [examples[index] for index in {t.example for t in trajectories}]
     if not chosen:

@@ -1,7 +1,7 @@
-"""Stale rollouts on purpose: the policy's weights of earlier steps, with which `rollout.lag` samples.
+"""Stale rollouts: with `rollout.lag`, the sampler uses the policy's weights from earlier steps.
 
-Of DeepSpeed's internals, `fp16_partitioned_groups_flat` are this rank's parts of the trained weights (of any dtype),
-from which every forward pass gathers. They have the layout of the float32 master weights.
+DeepSpeed's internal `fp16_partitioned_groups_flat` are this rank's parts of the trained weights (of any dtype), from
+which every forward pass gathers. They have the layout of the float32 master weights.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from upge.train.deepspeed_module import DeepSpeedModule
 from upge.train.files import disk_errors
 from upge.train.resharding import model_file, read, reading, reshard
 
-#: This rank's parts of a policy's trained weights in the main memory, one flat tensor per sub-group of parameters.
+#: This rank's parts of a policy's trained weights in CPU memory, one flat tensor per sub-group of parameters.
 Weights = Sequence[Tensor]
 
 
@@ -29,12 +29,14 @@ def copied(zero: Any) -> Weights:
 
 @contextmanager
 def exchanged(zero: Any, weights: Weights | None) -> Iterator[None]:
-    """The trained weights are `weights` in the block, and after it bit for bit those of before; all ranks call it.
+    """Replaces the trained weights by `weights` in the block and restores them exactly after it; all ranks call it.
 
-    It is for forward passes: the master weights, from which an optimizer step makes the next weights, are unchanged.
+    It is meant for forward passes: the master weights, from which an optimizer step makes the next weights, do not
+    change.
 
     Args:
-        weights: from `copied`; None = the present ones.
+        zero: DeepSpeed's stage 3 optimizer.
+        weights: the result of `copied`; None = the current weights.
     """
     if weights is None:
         yield
@@ -48,7 +50,7 @@ def exchanged(zero: Any, weights: Weights | None) -> Iterator[None]:
 
 
 def _fill(zero: Any, weights: Weights) -> None:
-    # Small parameters stay gathered between passes: they are dropped before, and gathered anew after.
+    # Small parameters stay gathered between passes, so they are released before the change and gathered again after it.
     zero.checkpoint_event_prologue()
     with torch.no_grad():
         for flat, values in zip(zero.fp16_partitioned_groups_flat, weights, strict=True):
@@ -57,14 +59,14 @@ def _fill(zero: Any, weights: Weights) -> None:
 
 
 class EarlierWeights:
-    """The weights that the policy had before the last steps' updates, in the main memory of each rank.
+    """The policy's weights from the last steps, in CPU memory.
 
-    Step s (from 0) samples with the weights before step max(0, s - lag). During a step there are lag + 1 copies,
-    between steps `lag`. Each rank keeps its own part: (lag + 1) · itemsize · trained parameters / ranks bytes.
+    Step s (from 0) samples with the weights from before step max(0, s - lag). There are lag + 1 copies during a step,
+    and `lag` between steps. Each rank keeps its own part: (lag + 1) · itemsize · trained parameters / ranks bytes.
 
     Args:
-        policy: whose weights.
-        lag: in steps, at least 1.
+        policy: the policy whose weights are kept.
+        lag: the number of steps, at least 1.
     """
 
     def __init__(self, policy: DeepSpeedModule, lag: int) -> None:
@@ -72,17 +74,17 @@ class EarlierWeights:
         self._before: dict[int, Weights] = {}
 
     def remember(self, step: int) -> None:
-        """Keeps the present weights as those before `step`, and drops those that no later step samples with."""
+        """Keeps the current weights as those before `step`, and drops those that no later step samples with."""
         if step not in self._before:
             self._before[step] = copied(self.policy.zero)
         self._before = {s: weights for s, weights in self._before.items() if s >= step - self.lag}
 
     def of_sampler(self, step: int) -> Weights | None:
-        """The weights with which `step` samples; None = the present ones, as in the first step."""
+        """The weights with which `step` samples; None = the current weights, as in the first step."""
         return self._before[max(0, step - self.lag)] if step else None
 
     def save(self, checkpoint: Path, step: int) -> None:
-        """Writes this rank's parts of the weights that steps from `step` on need; all ranks call it.
+        """Writes this rank's parts of the weights that `step` and later steps need; all ranks call it.
 
         Raises:
             StorageError: a file cannot be written; all ranks raise it.
@@ -96,7 +98,7 @@ class EarlierWeights:
         """Restores what `save` wrote, on any number of ranks; all ranks call it.
 
         Raises:
-            ModelError: a file is missing or not whole; all ranks raise it.
+            ModelError: a file is missing or incomplete; all ranks raise it.
         """
         with self.policy.world.together(), reading(checkpoint):
             before, now = self.policy.layouts(read(model_file(checkpoint)))
@@ -111,7 +113,7 @@ class EarlierWeights:
 
     @property
     def bytes(self) -> int:
-        """The size of this rank's part of a checkpoint, at most."""
+        """The largest size of this rank's part of a checkpoint."""
         return self.lag * sum(flat.nbytes for flat in self.policy.zero.fp16_partitioned_groups_flat)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from upge.train.stopping import Ending
 
-#: Variables that torchrun and deepspeed set. A rank that was started by hand has no launcher to end with.
+#: Environment variables that torchrun and deepspeed set. A rank that was started by hand has no launcher.
 _LAUNCHERS = ("TORCHELASTIC_RUN_ID", "CROSS_RANK")
 _PR_SET_PDEATHSIG = 1
 
@@ -24,13 +24,13 @@ def has_launcher() -> bool:
 
 
 def end_with_launcher() -> None:
-    """Makes the kernel kill this process when the launcher ends, even by SIGKILL (Linux only)."""
+    """Makes the kernel kill this process when the launcher ends, even if SIGKILL ends the launcher (Linux only)."""
     if sys.platform == "linux" and has_launcher():
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def announce(ending: Ending, prints: bool) -> None:
-    """Tells a launcher why a rank ends; with `prints` the rank also prints the exit code as its last line."""
+    """Tells a launcher why a rank ends; with `prints` the rank also prints it, with the exit code, as its last line."""
     if not ending.code or not has_launcher():
         return
     text = f"exit code {ending.code}: {ending.reason}"

@@ -30,7 +30,7 @@ from upge.train.verdicts import StepVerdicts
 
 #: The name of the optimizer moments of interleaved updates.
 _INTERLEAVED = "interleaved_update"
-#: Half the distance between the two values of a gate's variable that the loss is differentiated between.
+#: Half the distance between the two values of a gate's variable in the central difference of the loss.
 _SHIFT = 0.04
 
 
@@ -39,7 +39,7 @@ class Memory:
     """What an algorithm carries from step to step.
 
     Attributes:
-        variables: the present value of each stateful gate, and of the signals that it tracks.
+        variables: the current value of each stateful gate's variable, and of the signals that it tracks.
         remembered: indices of the training examples that wait for an interleaved update.
         prompts: what is remembered of each prompt; empty if the algorithm has no memory of prompts.
     """
@@ -50,7 +50,7 @@ class Memory:
 
     @classmethod
     def restored(cls, saved: Mapping[str, Any]) -> Memory:
-        """From what `dataclasses.asdict` made of it in a checkpoint."""
+        """The memory, from its `dataclasses.asdict` in a checkpoint."""
         prompts = Prompts.restored(saved["prompts"]) if "prompts" in saved else Prompts()
         return cls(**{**saved, "prompts": prompts})
 
@@ -70,11 +70,11 @@ class Collected:
     """What was collected for a step.
 
     Attributes:
-        trajectories: that the step learns from.
-        held_out: None unless a gate asks for held-out prompts in this step.
-        metrics: of the collection.
-        verdicts: on all rollouts, held-out ones included.
-        sampled: all rollouts, including those of prompts that were replaced, without held-out ones.
+        trajectories: those that the step learns from.
+        held_out: trajectories of held-out prompts; None unless a gate needs them in this step.
+        metrics: metrics of the collection.
+        verdicts: the verdicts on all rollouts, held-out ones included.
+        sampled: all rollouts except held-out ones, including those of prompts that were replaced.
     """
 
     trajectories: list[Trajectory]
@@ -88,16 +88,16 @@ class Learner:
     """Collects and learns with one algorithm; the trainer decides when.
 
     Args:
-        algorithm: what to learn with.
-        models: what it updates and reads.
-        config: the optimizer's.
+        algorithm: the algorithm to learn with.
+        models: the models that it updates and reads.
+        config: the optimizer's settings.
         examples: the training set.
-        collector_for: makes a collector for an algorithm; with True some examples are reserved for its validation.
+        collector_for: makes a collector for an algorithm; with True, some examples are reserved for its validation.
         poll: called on all ranks before each forward pass until the first optimizer step of a step; raises
-            `Interrupted` on all ranks to leave the step out.
+            `Interrupted` on all ranks to abandon the step.
         replay: the buffer of the algorithm's `replay`; None without one.
-        behavior: whose log-probs `behavior_logprobs` are where the present policy has not sampled.
-        adapt: applied to each updater that is built here.
+        behavior: the policy whose log-probs are `behavior_logprobs` on stale and replayed rollouts.
+        adapt: a function that is applied to each updater.
     """
 
     def __init__(
@@ -138,9 +138,10 @@ class Learner:
         return Memory(self.algorithm.initial_state())
 
     def collect(self, step: int, step_in_stage: int, memory: Memory) -> Collected:
-        """The trajectories of a step, the same on every rank; both numbers count from 0.
+        """The trajectories of a step, the same on every rank.
 
-        Prompts and seeds follow the step of the run, and gates and schedules that of the stage.
+        Prompts and seeds depend on `step`, the step of the run; gates and schedules depend on `step_in_stage`. Both
+        numbers count from 0.
         """
         prompts = None
         if self.algorithm.memory is not None:
@@ -166,15 +167,15 @@ class Learner:
         """Makes the step's updates, interleaved ones included.
 
         Args:
-            collected, rates: of the step.
-            step: within the stage, from 0.
-            memory: the algorithm's state; examples that wait for an interleaved update are added to it and taken from
-                it, and the records of the sampled prompts are updated.
+            collected, rates: the step's trajectories and learning rates.
+            step: the step within the stage, from 0.
+            memory: the algorithm's state. This method updates its tracked signals, the examples that wait for an
+                interleaved update, and the records of the sampled prompts.
             diagnostics: what to measure in the first update.
-            weights: that the step was sampled with; None = the present ones.
+            weights: the weights that the rollouts were sampled with; None = the current weights.
 
         Returns:
-            The report of the updates, and the metrics of gates, memory, interleaved updates and the replay.
+            The report of the updates, and the metrics of gates, memory, interleaved updates and replay.
         """
         if weights is not None:
             held_out = None if collected.held_out is None else self._as_sampled(collected.held_out, weights)
@@ -190,7 +191,7 @@ class Learner:
         moved = self._drift(seen, memory)
         report = self.updater.update(collected.trajectories, step, rates, memory.variables, diagnostics)
         memory.variables.update(self._tracked(measured, memory))
-        # The gates' own variables are those that the step was made with.
+        # For the gates' own variables, record the values that this step used.
         metrics = {f"state/{name}": value for name, value in memory.variables.items()} | metrics
         if self.algorithm.memory is not None:
             metrics |= remember(self.algorithm.memory, memory.prompts, seen, step, moved)
@@ -214,9 +215,9 @@ class Learner:
     def _as_sampled(
         self, trajectories: list[Trajectory], weights: Weights | None, rows: Sequence[int] | None = None
     ) -> list[Trajectory]:
-        """The trajectories, of which `rows` carry the log-probs of the policy with `weights`, which sampled them.
+        """The trajectories, with `behavior_logprobs` at `rows` from the policy with `weights`, which sampled them.
 
-        They are unchanged if `behavior` asks for the present policy's. Without `rows` it is all fresh rollouts.
+        By default `rows` are all fresh rollouts. With `behavior` = 'present' the trajectories are unchanged.
         """
         fresh = [row for row, one in enumerate(trajectories) if one.is_fresh] if rows is None else rows
         unknown = [row for row in fresh if trajectories[row].behavior_logprobs is None]
@@ -227,8 +228,8 @@ class Learner:
     def remember(self, metrics: Mapping[str, float], step: int, memory: Memory) -> None:
         """Updates the variables of stateful gates from the metrics of the step that has just ended.
 
-        A variable one of whose signals is missing or not finite keeps its value: a single overflow must not move it to
-        its bound.
+        If one of its signals is missing or not finite, a variable keeps its value, because a single overflow must not
+        move it to its bound.
         """
         for name, gate in self.algorithm.stateful.items():
             if not gate.due(step):
@@ -248,7 +249,7 @@ class Learner:
                 )
 
     def _drift(self, seen: Sequence[Visit], memory: Memory) -> Drift:
-        """How far the policy has moved on the prompts of a step, before its updates; if the memory asks for it."""
+        """How far the policy has moved on the step's prompts before its updates; empty unless the memory needs it."""
         if self.algorithm.memory is None or not self.algorithm.memory.wants_drift:
             return NO_DRIFT
         return drift(seen, memory.prompts, self.updater.filler.current_logprobs(compared(seen, memory.prompts)))
@@ -264,9 +265,9 @@ class Learner:
     ) -> float:
         """The slope lr·⟨∇L_val, ∂∇L/∂variable⟩ of the utility -L_val; NaN if nothing is learned.
 
-        It says how much the utility gains, per unit of the variable, through one plain gradient step. The derivative of
-        the loss by the variable is a central difference around its value, exact where the loss is affine or quadratic
-        in it. It is not taken between 0 and 1, because a gate may close there, and other trajectories would count.
+        This is the utility's gain from one plain gradient step, per unit of the variable. The derivative of the loss
+        with respect to the variable is a central difference around its value, which is exact if the loss is affine or
+        quadratic in it. It does not use the end points 0 and 1, where a gate may close and exclude trajectories.
         """
         if rates.policy is None:
             return math.nan
@@ -290,7 +291,7 @@ class Learner:
         measured: dict[str, dict[str, float]] = {}
         for name, gate in self.algorithm.stateful.items():
             if gate.wants & set(GRADIENT_NOISE) and gate.measured(step) and collected.trajectories:
-                # Log-probs that trajectories carry, of an earlier policy, would be taken for the present ones.
+                # Otherwise the log-probs of an earlier policy that trajectories carry would be taken for current ones.
                 own = [dataclasses.replace(one, behavior_logprobs=None) for one in collected.trajectories]
                 columns, logprobs = self.updater.fill(own, step).columns, self.updater.filler.current_logprobs(own)
                 padded = torch.nn.utils.rnn.pad_sequence(logprobs, batch_first=True)
@@ -299,7 +300,7 @@ class Learner:
         return measured
 
     def _tracked(self, measured: Mapping[str, Mapping[str, float]], memory: Memory) -> dict[str, float]:
-        """The new values of the gates' signals; one that is not finite leaves the value before."""
+        """The new values of the gates' signals, without those whose measurement is not finite."""
         return {
             f"{name}_{signal}": self.algorithm.stateful[name].tracked(memory.variables.get(f"{name}_{signal}"), value)
             for name, signals in measured.items()
@@ -320,7 +321,7 @@ class Learner:
     ) -> list[UpdateReport]:
         """Remembers prompts whose gate is open, and makes the interleaved updates that are due.
 
-        An update that is left out for the norm of its gradient forgets its prompts all the same.
+        An update's prompts are forgotten even if the update is skipped because of its gradient norm.
         """
         reports: list[UpdateReport] = []
         batch = dataclasses.replace(assemble(trajectories, step), state=memory.variables)

@@ -1,4 +1,4 @@
-"""The learning rates of a step: warm-up, decay, and stages with schedules of their own."""
+"""The learning rates of a step: warm-up, decay, and a schedule for each stage."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ class LearningRates(NamedTuple):
 
 
 def learning_rates(config: RunConfig, span: Span, step: int) -> LearningRates:
-    """The learning rates of a step; each stage has schedules of its own.
+    """The learning rates of a step; the schedules start anew in each stage.
 
-    In the first `critic.warmup_steps` steps of a stage with a critic only the critic learns. The policy's schedule
+    In the first `critic.warmup_steps` steps of a stage with a critic, only the critic learns. The policy's schedule
     begins after them.
 
     Args:
-        config: of the run.
+        config: the run's settings.
         span: the stage and its steps.
-        step: of the run, counted from 0.
+        step: the step of the run, counted from 0.
     """
     step_in_stage, steps = step - span.first, span.end - span.first
     critic_only = config.critic.warmup_steps if span.stage.algorithm.critic is not None else 0

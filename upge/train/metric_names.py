@@ -1,4 +1,4 @@
-"""The names of the metrics that a run may record for an algorithm, by which its stateful gates ask for signals."""
+"""The names of the metrics that a run may record for an algorithm. Stateful gates name their signals by them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ALWAYS = (
     *("time/rollout", "time/verify", "time/train", "time/sync"),
 )
 QUARTERS = ("q1", "q2", "q3", "q4")
-#: Of the trainer's policy against the sampler's, and of the current policy against the behavior policy.
+#: Comparisons of the trainer's policy with the sampler's, and of the current policy with the behavior policy.
 OF_RATIOS = (
     *("chi2_tokens", "chi2_responses", "ess_tokens", "ess_responses", "kl_k1", "kl_k3", "extreme_ratio_share"),
     *(f"{name}_{part}" for name in ("chi2", "kl_k3", "extreme_ratio_share") for part in QUARTERS),
@@ -73,10 +73,10 @@ def metric_names(algorithm: Algorithm) -> Iterator[str]:
 
 
 def check_signals(algorithm: Algorithm, path: str = "algo.") -> None:
-    """Checks that every signal that a stateful gate wants exists.
+    """Checks that every signal that a stateful gate needs exists.
 
     Args:
-        path: of the algorithm, with a dot at its end, for messages.
+        path: the path of the algorithm's settings, with a trailing dot, for messages.
 
     Raises:
         ConfigError: no step of the algorithm can have a metric of this name.
@@ -86,7 +86,7 @@ def check_signals(algorithm: Algorithm, path: str = "algo.") -> None:
         for gate in stateful_gates({place: part}).values():
             for name in sorted(gate.wants - known):
                 raise ConfigError(
-                    f"{type(gate).__name__} wants '{name}', and '{algorithm.name}' has no such metric (docs/metrics.md "
+                    f"{type(gate).__name__} needs '{name}', but '{algorithm.name}' has no such metric (docs/metrics.md "
                     f"lists them); {nearest(name, known)}",
                     f"{path}{place}",
                 )

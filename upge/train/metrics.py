@@ -1,4 +1,4 @@
-"""What a run records about a step: metrics, what each prompt gave and, every N steps, responses and large weights."""
+"""What a run records about a step: metrics, a line per prompt and, every N steps, responses and large token weights."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ from upge.views import PackedTokens
 
 @dataclass(frozen=True)
 class MetricSums:
-    """Sums that metrics are computed from, of one observation or of many: `total` adds them up.
+    """Sums that metrics are computed from; `total` adds up those of several observations.
 
     Attributes:
         records: for each term, what is kept of its tokens.
-        loss: of the surrogate.
+        loss: the surrogate loss.
         penalties: the value of each regularizer.
-        entropy_sum: over trained tokens, in nats.
-        tokens: response tokens that the updates learned from.
-        trajectories: those that the updates learned from.
-        computed_tokens: tokens that the model computed, prompts included.
-        gap_sum, gap_max, gap_tokens: of |log π_trainer - log π_sampler| over tokens of rollouts.
-        value_loss: of the critic.
+        entropy_sum: the sum of entropies over trained tokens, in nats.
+        tokens: the number of response tokens that the updates learned from.
+        trajectories: the number of trajectories that the updates learned from.
+        computed_tokens: the number of tokens that the model computed, prompts included.
+        gap_sum, gap_max, gap_tokens: sum, maximum and number of |log π_trainer - log π_sampler| on tokens of rollouts.
+        value_loss: the critic's loss.
         off_policy: how far the rollouts are from the policy that learns from them.
     """
 
@@ -74,7 +74,7 @@ class MetricSums:
 
     @staticmethod
     def of_estimate(estimate: Estimate, update: int, trajectories: Sequence[Trajectory]) -> MetricSums:
-        """What an algorithm estimated for a micro-batch or for a chunk of its tokens.
+        """The sums of an algorithm's estimate for a micro-batch or a chunk of its tokens.
 
         `update` is the update's number within the step: a trajectory that two updates learn from counts twice.
         `trajectories` are those of the update's batch, by row.
@@ -91,7 +91,7 @@ class MetricSums:
 
     @staticmethod
     def of_tokens(tokens: PackedTokens, trajectories: int, computed_tokens: int) -> MetricSums:
-        """The tokens of a micro-batch with what the forward pass gave for them."""
+        """The sums over the tokens of a micro-batch, which hold the results of the forward pass."""
         assert tokens.entropies is not None
         return MetricSums(
             entropy_sum=float(tokens.entropies.double().sum()),
@@ -129,12 +129,12 @@ class MetricSums:
 
 @dataclass(frozen=True)
 class ActiveTrajectories:
-    """Which of a step's B trajectories its updates learned from, interleaved updates not included.
+    """Which of a step's B trajectories its updates learned from, excluding interleaved updates.
 
     Attributes:
-        trajectories: of the step.
-        active: [B] those with a non-zero coefficient in some term, as the gates decided.
-        contributing: [B] those that can contribute to the gradient, the only ones that reach the model.
+        trajectories: the step's trajectories.
+        active: [B] True for those with a non-zero coefficient in some term.
+        contributing: [B] True for those that can contribute to the gradient; only these reach the model.
     """
 
     trajectories: Sequence[Trajectory]
@@ -143,7 +143,7 @@ class ActiveTrajectories:
 
     @staticmethod
     def of(trajectories: Sequence[Trajectory], rows: Sequence[Tensor], plans: Sequence[Plan]) -> ActiveTrajectories:
-        """From the plans of a step's updates and the rows of the step's batch that each learns from."""
+        """Combines the plans of a step's updates; `rows` are the rows of the step's batch that each learns from."""
         active, contributing = (torch.zeros(len(trajectories), dtype=torch.bool) for _ in range(2))
         for chosen, plan in zip(rows, plans, strict=True):
             active[chosen], contributing[chosen] = plan.active, plan.contributing
@@ -169,7 +169,7 @@ class ActiveTrajectories:
         return float(tokens[~self.contributing].sum() / tokens.sum().clamp(min=1))
 
     def prompt_lines(self, examples: Sequence[Example]) -> Iterator[dict[str, Any]]:
-        """A line of prompts.jsonl for each of the step's prompts; `examples` are the training set.
+        """One line of prompts.jsonl for each of the step's prompts; `examples` are the training set.
 
         docs/metrics.md lists the fields.
         """
@@ -191,7 +191,7 @@ class ActiveTrajectories:
             }
 
     def _kinds(self, rows: Sequence[int], chosen: Tensor) -> str:
-        """What the chosen ones of these rows are: 'rollouts', 'demonstrations', 'both' or 'nothing'."""
+        """What kind the chosen rows are: 'rollouts', 'demonstrations', 'both' or 'nothing'."""
         kinds = {self.trajectories[row].is_demonstration for row in rows if bool(chosen[row])}
         if len(kinds) == 2:
             return "both"
@@ -203,14 +203,15 @@ class UpdateReport:
     """What the updates of a step did.
 
     Attributes:
-        grad_norms: of each of the policy's updates, before clipping; infinite if the gradient was not finite.
-        skipped: updates dropped because their gradient was not finite, of the policy, the critic and interleaved ones.
-        above_limit: the policy's updates left out because their gradient norm exceeded `optimizer.skip_grad_norm`.
+        grad_norms: the gradient norm of each policy update, before clipping; infinite if the gradient was not finite.
+        skipped: the number of updates (policy, critic, interleaved) skipped because their gradient was not finite.
+        above_limit: the number of policy updates skipped because their gradient norm exceeded
+            `optimizer.skip_grad_norm`.
         active: which trajectories the updates learned from.
-        sums: this rank's.
-        tops: this rank's trajectories with the largest token weights, if they were asked for.
-        metrics: those that every rank knows: coefficients of the terms, the critic's fit, the terms' gradients.
-        critic_norms, interleaved_norms: as `grad_norms`, of the critic and of interleaved updates.
+        sums: this rank's sums.
+        tops: this rank's trajectories with the largest token weights, if requested.
+        metrics: metrics that every rank knows: coefficients of the terms, the critic's fit, the terms' gradients.
+        critic_norms, interleaved_norms: as `grad_norms`, for the critic and for interleaved updates.
     """
 
     grad_norms: Sequence[float]
@@ -241,10 +242,10 @@ def step_metrics(report: UpdateReport, sums: Sequence[MetricSums]) -> dict[str, 
 
 
 def nonfinite(metrics: Mapping[str, float], report: UpdateReport) -> str:
-    """Which metric of a step is NaN or infinite and should not be; empty if there is none.
+    """Names a metric of the step that is unexpectedly NaN or infinite; empty if there is none.
 
-    The gradient of a skipped update is not finite, which `stop.nonfinite_updates` handles. The slope in `state/` is NaN
-    in a step in which the policy does not learn.
+    Two cases are expected: `stop.nonfinite_updates` handles updates skipped because their gradient was not finite, and
+    the slope in `state/` is NaN in a step in which the policy does not learn.
     """
     if report.skipped:
         return ""
@@ -253,9 +254,9 @@ def nonfinite(metrics: Mapping[str, float], report: UpdateReport) -> str:
 
 
 def rollout_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
-    """Metrics of all rollouts that a step has sampled, whether they reached the model or not; empty without rollouts.
+    """Metrics of all rollouts among a step's trajectories that it sampled itself, even if they never reach the model.
 
-    `entropy` is the mean of -log π over sampled tokens as the sampler reports them: at temperature 1 an unbiased
+    `entropy` is the mean of -log π over sampled tokens, as the sampler reports it: at temperature 1 an unbiased
     estimate of the policy's token entropy (nats) on its own responses.
     """
     rollouts = [t for t in trajectories if t.is_fresh]
@@ -279,7 +280,7 @@ def rollout_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
 
 
 def _of_guided(rollouts: Sequence[Trajectory]) -> dict[str, float]:
-    """The share of the rollouts that continue a demonstration, their tokens from it and pass rate; empty if none do."""
+    """The share of rollouts that continue a demonstration, its mean length and their pass rate; empty if none do."""
     guided = [(t.guiding_tokens, t.passed) for t in rollouts if t.guiding_tokens]
     tokens, passed = (sum(column) / len(guided) for column in zip(*guided, strict=True)) if guided else (0.0, 0.0)
     values = {"share": len(guided) / len(rollouts), "prefix_tokens": tokens, "pass_rate": passed}
@@ -294,12 +295,12 @@ def _part_means(rollouts: Sequence[Trajectory]) -> dict[str, float]:
     return {f"reward/{name}": sum(rewards) / len(rewards) for name, rewards in sorted(parts.items())}
 
 
-#: A step with fewer prompts says nothing about answers that are alike.
+#: With fewer prompts in a step, equal answers are no sign of a problem.
 _FEWEST_PROMPTS = 4
 
 
 def _same_answer(rollouts: Sequence[Trajectory]) -> dict[str, float]:
-    """The share of the rollouts that give the most frequent answer; the response itself where no answer was read."""
+    """The share of rollouts with the most frequent answer; where no answer was read, the response counts as one."""
     if len({t.group for t in rollouts}) < _FEWEST_PROMPTS:
         return {}
     answers = Counter(t.extracted if t.extracted is not None else t.text_ids for t in rollouts)
@@ -307,7 +308,7 @@ def _same_answer(rollouts: Sequence[Trajectory]) -> dict[str, float]:
 
 
 def _mean_finite(norms: Sequence[float]) -> float:
-    """0 without updates, NaN if all of them were skipped."""
+    """The mean of the finite norms; 0 without updates, NaN if all were skipped."""
     finite = [norm for norm in norms if norm != math.inf]
     return sum(finite) / len(finite) if finite else (math.nan if norms else 0.0)
 
@@ -332,8 +333,8 @@ class Recorder:
 
         Args:
             step: counted from 1.
-            trajectories: of the step.
-            failed: the rollouts whose verification failed, also those that are not among the step's trajectories.
+            trajectories: the step's trajectories.
+            failed: the rollouts whose verification failed, including those that are not among the step's trajectories.
         """
         if failed:
             kept = [t for t in trajectories if t.status in FAILED]
@@ -349,9 +350,9 @@ class Recorder:
         """Writes the lines of a step.
 
         Args:
-            metrics: its line of metrics.jsonl.
-            active: its trajectories.
-            tops: those of all ranks.
+            metrics: the line of metrics.jsonl.
+            active: the step's trajectories.
+            tops: the trajectories with the largest token weights, of all ranks.
             failed: as for `record_failed`.
         """
         step = int(metrics["step"])
@@ -389,6 +390,6 @@ class Recorder:
 
 
 def _dropped(failed: Sequence[Trajectory], trajectories: Sequence[Trajectory]) -> list[Trajectory]:
-    """Those of `failed` whose prompts were redrawn, so that they are not among the step's trajectories."""
+    """The rollouts in `failed` that are not among the step's trajectories, because their prompts were redrawn."""
     kept = {(t.example, t.response_ids) for t in trajectories}
     return [replace(t, index=-1) for t in failed if (t.example, t.response_ids) not in kept]

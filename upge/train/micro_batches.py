@@ -1,4 +1,4 @@
-"""Micro-batches: their assignment to ranks under a token budget, and one of them on its way through the model."""
+"""Micro-batches: their assignment to ranks under a token budget, and the objective that the output head computes."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from upge.views import Distributions, PackedTokens
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-#: With several ranks the responses to a prompt are divided into parts of at most this share of a rank's work, so that
-#: one large group does not keep the other ranks waiting.
+#: With several ranks, the responses to a prompt are divided into parts of at most this share of a rank's work, so that
+#: the other ranks do not wait for one large group.
 _PART_OF_A_RANK = 1 / 4
 
 
@@ -38,10 +38,10 @@ class Work:
     """The work of one trajectory.
 
     Attributes:
-        tokens: of its packed sequence, prompt included.
+        tokens: the length of its packed sequence, prompt included.
         prompt: identifies its prompt; None if the prompt is not shared.
-        prompt_tokens: those of `tokens` that trajectories with the same prompt share in a micro-batch.
-        extra: cost of attention and the output head, in tokens.
+        prompt_tokens: how many of `tokens` trajectories with the same prompt share in a micro-batch.
+        extra: the cost of attention and the output head, in tokens.
     """
 
     tokens: int
@@ -55,8 +55,8 @@ class Costs:
     """The cost of a model's parts, relative to the matrix products of its layers for one token.
 
     Attributes:
-        response: the output head, for each response token.
-        pair: attention, for each pair of a token and one before it.
+        response: the output head, per response token.
+        pair: attention, per pair of a token and an earlier one.
     """
 
     response: float
@@ -69,7 +69,7 @@ class Costs:
         embedding = config.vocab_size * config.hidden_size
         inner = max(1, sum(getattr(p, "ds_numel", p.numel()) for p in trunk.parameters()) - embedding)
         heads, _, size = attention_sizes(config)
-        # A product takes two operations per weight. A pair takes as many per entry, for its score and for the sum.
+        # A matrix product takes two operations per weight. A pair takes two per entry for its score, two for the sum.
         return cls(embedding / inner, 2 * config.num_hidden_layers * heads * size / inner)
 
     def work(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> Work:
@@ -84,9 +84,9 @@ class _Bin:
     """Trajectories (`members`) that stay in one micro-batch, and their work.
 
     Attributes:
-        sequence_tokens: of all sequences, each with its own prompt.
-        saved: those of shared prompts that need not be computed again.
-        extra: as of `Work`.
+        sequence_tokens: the tokens of all sequences, each with its own prompt.
+        saved: the tokens of shared prompts that are not computed again.
+        extra: as in `Work`.
     """
 
     sequence_tokens: int = 0
@@ -97,7 +97,7 @@ class _Bin:
 
     @property
     def tokens(self) -> int:
-        """Length of the row that `pack` makes of them; it shares prompts only where that saves enough."""
+        """The length of the row that `pack` makes of them; it shares prompts only if that saves enough."""
         shares = self.saved >= WORTH_SHARING * self.sequence_tokens
         return self.sequence_tokens - self.saved if shares else self.sequence_tokens
 
@@ -106,7 +106,7 @@ class _Bin:
         return self.tokens + self.extra
 
     def with_others(self, other: _Bin, prompt_tokens: Callable[[Hashable], int]) -> _Bin:
-        """Both together."""
+        """The union of both."""
         saved = self.saved + other.saved + sum(prompt_tokens(p) for p in self.prompts & other.prompts)
         prompts, members = self.prompts | other.prompts, self.members + other.members
         return _Bin(self.sequence_tokens + other.sequence_tokens, saved, self.extra + other.extra, prompts, members)
@@ -123,10 +123,10 @@ def distribute(
     run at the same time have about the same cost.
 
     Args:
-        works: of each trajectory.
-        ranks, token_budget: the number of processes, and the most tokens of a micro-batch.
-        blocks: for each trajectory the block that it belongs to, such as its group where a part reads whole groups;
-            None if every trajectory may be alone.
+        works: the work of each trajectory.
+        ranks, token_budget: the number of processes, and the maximum number of tokens in a micro-batch.
+        blocks: the block that each trajectory belongs to, such as its group if a part reads whole groups; None if every
+            trajectory may be alone.
 
     Returns:
         For each rank a list of micro-batches, each an ascending list of indices into `works`.
@@ -137,7 +137,7 @@ def distribute(
     if token_budget < 1 or ranks < 1:
         raise ValueError(f"token_budget and ranks must be at least 1, got {token_budget} and {ranks}")
     if blocks is not None and len(blocks) != len(works):
-        raise ValueError(f"blocks names {len(blocks)} trajectories and works {len(works)}; give one block for each")
+        raise ValueError(f"got {len(blocks)} blocks for {len(works)} trajectories; give one block for each")
     partition = _Partition(works, ranks, token_budget)
     units = sorted(partition.units(blocks), key=lambda unit: -unit.cost)
     fitted = partition.first_fit(units)
@@ -183,7 +183,7 @@ class _Partition:
         return parts
 
     def first_fit(self, units: list[_Bin]) -> list[_Bin]:
-        """Few micro-batches: each unit goes into the first one with room for it."""
+        """Fills few micro-batches: each unit goes into the first one with room for it."""
         bins: list[_Bin] = []
         for unit in units:
             for place, held in enumerate(bins):
@@ -196,7 +196,7 @@ class _Partition:
         return bins
 
     def even(self, units: list[_Bin], slots: int) -> list[_Bin] | None:
-        """Even micro-batches: each unit goes into the cheapest of `slots`; None where that breaks the budget."""
+        """Fills `slots` evenly: each unit goes into the cheapest one; None if that exceeds the budget."""
         heap: list[tuple[float, int, _Bin]] = [(0.0, slot, _Bin()) for slot in range(slots)]
         for unit in units:
             _, slot, held = heap[0]
@@ -218,8 +218,8 @@ class MicroBatch:
     """Some trajectories of a planned batch, as columns and as a packed row, both on the model's device.
 
     Args:
-        columns: of the whole batch, without log-probs of the current policy.
-        rows: which trajectories of the batch.
+        columns: the columns of the whole batch, without log-probs of the current policy.
+        rows: the trajectories of the micro-batch.
         packed: the same trajectories, in this order, as the model reads them.
     """
 
@@ -231,13 +231,14 @@ class MicroBatch:
     def objective(self, algorithm: Algorithm, estimates_of: EstimatesOf) -> Objective:
         """The objective of the output head for a loss that is a sum over tokens of the algorithm's estimates.
 
-        The head asks an algorithm that takes chunks for the estimate of one chunk of tokens after another, and any
-        other algorithm for that of the whole micro-batch.
+        If the algorithm takes chunks, the head evaluates it on one chunk of tokens after another, otherwise on the
+        whole micro-batch.
 
         Args:
-            algorithm: says whether it takes chunks, whether its gradient flows through entropies, and whether it moves
-                other tokens than the sampled ones.
-            estimates_of: the estimates of some tokens, or of the padded micro-batch, with their factors in the loss.
+            algorithm: decides whether the head works in chunks, whether the gradient flows through entropies, and
+                whether tokens other than the sampled ones move.
+            estimates_of: returns the estimates of some tokens, or of the padded micro-batch, with their factors in the
+                loss.
         """
         in_chunks, through_entropies = algorithm.takes_chunks, algorithm.has_entropy_gradient
         on_support, places = bool(algorithm.supports), (self.packed.rows, self.packed.columns)
@@ -250,7 +251,7 @@ class MicroBatch:
                 losses = [factor * estimate.loss for factor, estimate in estimates]
                 loss = nan_if_nonfinite(sum(losses[1:], losses[0]))
             gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
-            # A loss need not depend on both.
+            # The loss may depend on only one of them.
             by_logprobs, by_entropies = (
                 torch.zeros_like(leaf) if gradient is None else gradient
                 for leaf, gradient in zip(leaves, gradients, strict=True)
@@ -277,7 +278,7 @@ class MicroBatch:
 
     @property
     def of_rollouts(self) -> Bool[Tensor, "n"]:
-        """[n] True on tokens of rollouts, without those of a demonstration that they begin with."""
+        """[n] True on tokens of rollouts, except those of a demonstration that a rollout begins with."""
         assert self.tokens.is_demonstration_token is not None
         return ~self.tokens.is_demonstration_token
 
@@ -288,7 +289,7 @@ class MicroBatch:
 
 @contextmanager
 def naming_size(trajectories: Sequence[TokenIds]) -> Iterator[None]:
-    """Adds the size of a micro-batch to an error of torch or Python in the block, for the message of a full memory."""
+    """Adds the micro-batch's size to errors of torch or Python in the block, for the out-of-memory message."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -299,13 +300,13 @@ def naming_size(trajectories: Sequence[TokenIds]) -> Iterator[None]:
 
 def nan_if_nonfinite(loss: Float[Tensor, ""]) -> Float[Tensor, ""]:
     """The loss, or NaN if it is not finite, so that the gradient norm that all ranks share is not finite either."""
-    # Not as a branch, because reading the number would wait for the device.
+    # Without a branch, because reading the number would synchronize with the device.
     finite = torch.isfinite(loss.detach())
     return loss * torch.where(finite, 1.0, float("nan")).to(loss.dtype)
 
 
 def _moved(columns: Trajectories, device: torch.device) -> Trajectories:
-    """The same trajectories with all columns on `device`."""
+    """The trajectories with all columns on `device`."""
     if columns.response_mask.device == device:
         return columns
     by_name = {f.name: getattr(columns, f.name) for f in dataclasses.fields(columns)}

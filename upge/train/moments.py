@@ -1,7 +1,7 @@
 """Gradients and sets of AdamW's moments in DeepSpeed's ZeRO-3 optimizer.
 
-Of its internals, `fp16_groups` are the parameters in sub-groups (of any dtype). AdamW updates the flat float32
-partitions, and its moments belong to these.
+The optimizer's internal `fp16_groups` are the parameters (of any dtype) in sub-groups. AdamW updates the flat float32
+partitions, to which its moments belong.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ FIRST = "main"
 
 
 def drop_gradient(zero: Any) -> None:
-    """Drops the gradient so far: the next backward pass starts from zero."""
+    """Drops the gradient so far, so that the next backward pass starts from zero."""
     zero.zero_grad()
     zero.averaged_gradients = {}
     zero.grad_partitions_flat_buffer.zero_()
     if zero.offload_optimizer:
-        # The last backward pass has copied the gradient to AdamW's partitions, and noted the norms of its parts.
+        # The last backward pass has copied the gradient to AdamW's partitions and stored the norms of its parts.
         zero.reset_cpu_buffers()
         for partition in zero.fp32_partitioned_groups_flat:
             partition.grad.zero_()
 
 
 def gradient_norm(zero: Any) -> float:
-    """The global norm of the gradient so far, before clipping; after the last backward pass, on all ranks."""
+    """The global gradient norm before clipping; all ranks call it, after the last backward pass."""
     groups = zero._get_norm_groups()
     return float(torch.stack([norm.double() for norm in groups]).norm()) if min(groups) >= 0 else float("nan")
 
@@ -68,15 +68,15 @@ class Moments:
         return 1 + len(self._idle)
 
     def state(self) -> dict[str, Any]:
-        """This rank's idle sets and the name of the set in use, which is in DeepSpeed's own checkpoint."""
+        """This rank's idle sets, and the name of the set in use, whose content is in DeepSpeed's own checkpoint."""
         flat = self._zero.fp32_partitioned_groups_flat
         idle = {name: [dict(state.get(partition, {})) for partition in flat] for name, state in self._idle.items()}
         return {"in_use": self.in_use, "idle": idle}
 
     def restore(self, in_use: str, idle: Mapping[str, Sequence[AdamState]]) -> None:
-        """Restores the idle sets, one state per sub-group, and the name of the set in use, from `state`.
+        """Restores the idle sets, one state per sub-group, and the name of the set in use, both from `state`.
 
-        DeepSpeed must have restored the set in use before.
+        DeepSpeed must already have restored the content of the set in use.
         """
         flat = self._zero.fp32_partitioned_groups_flat
         self._idle = {}

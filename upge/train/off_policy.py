@@ -23,9 +23,9 @@ from upge.estimate import Estimate, is_extreme
 from upge.train.sample import Trajectory
 from upge.views import PackedTokens
 
-#: The parts of a response that are also compared alone: its quarters.
+#: The number of parts (quarters) of a response that are also compared separately.
 PARTS = 4
-#: log r and log W are cut here, so that squares and their sums stay finite.
+#: log r and log W are clipped to ± this value, so that squares and their sums stay finite.
 _LARGEST = 300.0
 
 
@@ -48,7 +48,7 @@ def quarters(
 
 @dataclass(frozen=True, eq=False)
 class RatioSums:
-    """Sums of the ratios of two policies; two of them add up.
+    """Sums of the ratios of two policies; instances can be added.
 
     Attributes:
         tokens: [4, 5] for each quarter of the response: the number of tokens, Σ r, Σ r², Σ log r, and the number of
@@ -61,7 +61,7 @@ class RatioSums:
 
     @staticmethod
     def of(log_ratio: Float[Tensor, "n"], row: Int[Tensor, "n"], quarter: Int[Tensor, "n"]) -> RatioSums:
-        """The sums of some tokens, with all compared tokens of each of their trajectories; `row` tells these apart."""
+        """The sums of some tokens: all compared tokens of their trajectories, which `row` identifies."""
         bounded = log_ratio.double().clamp(-_LARGEST, _LARGEST)
         ratio = bounded.exp()
         columns = torch.stack([torch.ones_like(ratio), ratio, ratio**2, bounded, is_extreme(log_ratio).double()], dim=1)
@@ -74,7 +74,7 @@ class RatioSums:
         return RatioSums(self.tokens + other.tokens, self.responses + other.responses)
 
     def metrics(self) -> dict[str, float]:
-        """The metrics of this pair; empty without tokens, and without those of a quarter that has no tokens."""
+        """The metrics of this pair; empty without tokens. A quarter without tokens has none."""
         if not float(self.responses[0]):
             return {}
         number, ratio, square, log_ratio, extreme = self.tokens.sum(dim=0).tolist()
@@ -98,12 +98,12 @@ class RatioSums:
 
 @dataclass(frozen=True, eq=False)
 class OffPolicySums:
-    """What is summed of a step's updates to say how far off-policy they are; two of them add up.
+    """Sums over a step's updates that say how far off-policy they are; instances can be added.
 
     Attributes:
         sampler, behavior: the two pairs of policies.
-        masses: for each term, [4, 2] by quarter of the response: Σ of the absolute weights that its tokens would have
-            without the stabilization mask, and the part of it that the mask removes.
+        masses: for each term, [4, 2] by quarter of the response: the sum of the absolute weights that its tokens would
+            have without the stabilization mask, and the part of that sum that the mask removes.
     """
 
     sampler: RatioSums = field(default_factory=RatioSums)
@@ -129,7 +129,7 @@ class OffPolicySums:
 
     @staticmethod
     def of_estimate(estimate: Estimate, trajectories: Sequence[Trajectory]) -> OffPolicySums:
-        """What the masks of an estimate remove. `trajectories` are those of the update's batch, by row."""
+        """What an estimate's stabilization masks remove. `trajectories` are those of the update's batch, by row."""
         batch = estimate.batch
         assert batch.logprobs is not None
         row, column = batch.places

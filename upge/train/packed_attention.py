@@ -49,10 +49,10 @@ _VARLEN_HEAD_LIMIT = 256
 
 
 def prepare(model: PreTrainedModel) -> None:
-    """Makes a causal LM and its trunk run packed rows, in place, and turns dropout off.
+    """Changes a causal LM in place so that it runs packed rows, without dropout.
 
     Raises:
-        ModelError: an architecture whose attention or logits cannot be reproduced here.
+        ModelError: the architecture's attention or logits cannot be reproduced here.
     """
     check_supported(model)
     register()
@@ -80,9 +80,9 @@ def register() -> None:
 
 
 def choose_kernel(device: torch.device) -> None:
-    """Makes torch's attention run FlashAttention 3 in this process, on a Hopper GPU where it is installed.
+    """Makes torch's attention use FlashAttention 3 in this process, if it is installed and the GPU is a Hopper GPU.
 
-    An active implementation is kept.
+    An implementation that is already active is kept.
     """
     from torch.nn import attention
 
@@ -96,7 +96,7 @@ def choose_kernel(device: torch.device) -> None:
         try:
             attention.activate_flash_attention_impl(_FLASH_3)
         except (ImportError, OSError, RuntimeError) as error:
-            warnings.warn(f"FlashAttention 3 is installed and cannot be used: {error}", stacklevel=2)
+            warnings.warn(f"FlashAttention 3 is installed but cannot be used: {error}", stacklevel=2)
 
 
 def kernel_name(device: torch.device, dtype: str, head_size: int) -> str:
@@ -133,7 +133,7 @@ def check_supported(model: PreTrainedModel) -> None:
         if value is not None and value != neutral:
             raise ModelError(
                 f"{kind} changes its logits after the output embedding ({name} = {value}), which the chunked head does "
-                "not do; choose a model without it"
+                "not support; choose a model without it"
             )
     if getattr(config, "attn_logit_softcapping", None) is not None:
         raise ModelError(f"{kind} caps its attention scores (attn_logit_softcapping); choose a model without it")
@@ -217,7 +217,7 @@ def _varlen(
     from torch.nn.attention.varlen import varlen_attn
 
     left = -1 if sliding_window is None else sliding_window - 1
-    # Not x[0], whose gradient is a copy in a row of zeros.
+    # Not x[0], because its backward pass copies the gradient into a tensor of zeros.
     query, key, value = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
     settings: dict[str, Any] = {"scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
     output = varlen_attn(query, key, value, starts, starts, longest, longest, window_size=(left, 0), **settings)
@@ -233,16 +233,20 @@ def _checked_lengths(
     sequence_lengths: tuple[int, ...] | None,
     others: dict[str, Any],
 ) -> tuple[int, ...]:
-    """The sequence lengths of a call that is supported."""
+    """The sequence lengths of a call.
+
+    Raises:
+        ModelError: the call or the layer is not supported.
+    """
     name = type(module).__name__
     if sequence_lengths is None:
         raise ModelError(
             f"{name} got no sequence lengths. Either the model was called directly (call it through PackedPolicy, or "
-            "set its attention implementation back first), or its code does not hand keyword arguments on to its "
+            "reset its attention implementation first), or its code does not pass keyword arguments on to its "
             "attention; then choose a model such as Qwen2, Qwen3, Llama or Mistral"
         )
     if query.shape[0] != 1 or query.shape[2] != sum(sequence_lengths) or attention_mask is not None:
-        raise ModelError(f"{name} did not get the packed row as it was given; choose a model such as Qwen2 or Llama")
+        raise ModelError(f"{name} got an input other than the packed row; choose a model such as Qwen2 or Llama")
     if dropout:
         raise ModelError(f"{name} uses dropout {dropout}, so log-probs would be random; set attention_dropout to 0")
     asked = [key for key in _SCORE_ARGUMENTS if others.get(key) is not None]
@@ -251,7 +255,7 @@ def _checked_lengths(
     layer: Any = module  # of some architecture
     layer_types = getattr(layer.config, "layer_types", None)
     if layer_types and layer_types[layer.layer_idx] == "sliding_attention" and sliding_window is None:
-        raise ModelError(f"{name} has a sliding window that does not reach its attention; choose a model without it")
+        raise ModelError(f"{name} does not pass its sliding window to its attention; choose a model without it")
     return sequence_lengths
 
 

@@ -1,4 +1,4 @@
-"""A Hugging Face causal LM over packed rows: log-probs, a loss whose gradient the head computes, or values."""
+"""A Hugging Face causal LM on packed rows: log-probs, a loss whose gradient the head computes, or values."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Objective(NamedTuple):
-    """A loss whose gradient the head computes on the way; the fields are those of `upge.logprobs.token_loss`."""
+    """A loss whose gradient the head computes in its forward pass; the fields are those of `token_loss`."""
 
     coefficients: CoefficientFunction
     entropy_gradient: bool = False
@@ -29,7 +29,7 @@ class Objective(NamedTuple):
 
 
 class LogprobHead(nn.Module):
-    """Hidden states → log-probs with another module's output embedding, which does not become a submodule of this one.
+    """Hidden states → log-probs, with another module's output embedding that does not become a submodule of this one.
 
     Under ZeRO-3 the output embedding is gathered for this module: reading the parameter in its forward makes it an
     external parameter of the module, which is gathered again before the head's backward and released right after.
@@ -49,10 +49,10 @@ class LogprobHead(nn.Module):
         objective: Objective | None = None,
         score_norms: bool = False,
     ) -> tuple[Tensor | None, ...]:
-        """The result of `upge.logprobs.token_logprobs`, (logprobs [n], entropies [n] or None).
+        """The result of `upge.logprobs.token_logprobs`: (logprobs [n], entropies [n] or None).
 
-        With an objective, the result of `token_loss`: (loss, logprobs [n], entropies [n]). With `score_norms`, only the
-        result of `token_score_norms`, in a tuple.
+        With an objective, the result of `token_loss`: (loss, logprobs [n], entropies [n]). With `score_norms`, the
+        result of `token_score_norms` in a tuple.
         """
         output: Any = self._output[0]  # a linear layer of some kind
         bias = getattr(output, "bias", None)
@@ -76,7 +76,7 @@ class PackedPolicy(nn.Module):
         chunk_size: tokens whose logits exist at the same time; default by device and vocabulary.
 
     Raises:
-        ModelError: an architecture whose attention or logits cannot be reproduced here.
+        ModelError: the architecture's attention or logits cannot be reproduced here.
     """
 
     def __init__(self, model: PreTrainedModel, chunk_size: int | None = None) -> None:
@@ -96,11 +96,11 @@ class PackedPolicy(nn.Module):
     ) -> tuple[Tensor | None, ...]:
         """Log-probs [n] of the response tokens in packed order (`batch.pad` makes [B, T]), and entropies [n] or None.
 
-        With an objective (loss, logprobs, entropies), of which only the loss carries a gradient. The results of a batch
-        without response tokens are still connected to every parameter.
+        With an objective the result is (loss, logprobs, entropies), of which only the loss carries a gradient. With
+        `states` it is a tuple of only the hidden states [n, D] before the response tokens; with `score_norms` a tuple
+        of only the squared norms [n] of the tokens' scores, without gradient.
 
-        With `states` only the hidden states [n, D] before the response tokens, in a tuple; with `score_norms` only the
-        squared lengths [n] of the tokens' scores, without gradient, in a tuple.
+        The results of a batch without response tokens are still connected to every parameter.
         """
         hidden = predicting_states(self.model.base_model, batch)
         if states:
@@ -128,12 +128,12 @@ def predicting_states(trunk: nn.Module, batch: PackedBatch) -> Float[Tensor, "n 
 class ValueHead(nn.Linear):
     """v = w·h + b, initialized to zero.
 
-    With values of zero the first returns and advantages depend on the rewards only, where a random head would add a
-    bias as large as its values. The original code for fine-tuning language models with rewards does the same
+    With values of zero the first returns and advantages depend only on the rewards; a random head would add a bias as
+    large as its values. The original code for fine-tuning language models with rewards does the same
     (arXiv 1909.08593, reproduced in arXiv 2403.17031). With one output there is no symmetry to break: w learns from
     the first update on, the trunk from the second.
 
-    The parameters have the backbone's dtype. The product is computed in float32 at least, because half precision would
+    The parameters have the backbone's dtype. The product is computed in at least float32, because half precision would
     round the values to two or three digits.
     """
 
@@ -157,10 +157,10 @@ class PackedValue(nn.Module):
     Args:
         model: the causal LM, before or after DeepSpeed has partitioned it. Its attention is replaced in place, and its
             output embedding is dropped.
-        device: of the head.
+        device: the head's device.
 
     Raises:
-        ModelError: an architecture whose attention cannot be reproduced here.
+        ModelError: the architecture's attention or logits cannot be reproduced here.
     """
 
     def __init__(self, model: PreTrainedModel, device: torch.device | str) -> None:

@@ -41,7 +41,7 @@ class Sharing(NamedTuple):
         return torch.cat([parts[i] for i in self.order], dim=2)
 
     def gathered(self, sequences: Float[Tensor, "1 M heads size"]) -> Float[Tensor, "1 N heads size"]:
-        """The reverse of `spread`: of each prompt's copies, which are equal, the first."""
+        """The reverse of `spread`, which keeps the first of each prompt's equal copies."""
         parts = sequences.split([self.segments[i] for i in self.order], dim=1)
         first = dict(reversed(list(zip(self.order, parts, strict=True))))
         return torch.cat([first[i] for i in range(len(self.segments))], dim=1)
@@ -81,7 +81,7 @@ class PackedBatch:
         return replace(self, **{k: v.to(device) for k, v in tensors.items() if isinstance(v, Tensor)})
 
     def pad(self, values: Float[Tensor, "n"], fill: float = 0.0) -> Float[Tensor, "B T"]:
-        """One number per response token, as [B, T] with `fill` behind each response; gradients flow to `values`."""
+        """One number per response token, as [B, T] with `fill` after each response; gradients flow to `values`."""
         return values.new_full(self.shape, fill).index_put((self.rows, self.columns), values)
 
     def unpad(self, padded: Float[Tensor, "B T"]) -> Float[Tensor, "n"]:
@@ -114,11 +114,11 @@ def pack(
 
     Args:
         trajectories: the pairs; an empty response is allowed.
-        device: of the result.
-        share: let shared prompts occur once, if that saves enough.
+        device: the result's device.
+        share: compute shared prompts once, if that saves enough.
 
     Raises:
-        ValueError: a prompt without tokens, whose first response token nothing could predict.
+        ValueError: a prompt has no tokens, so nothing could predict the first response token.
     """
     for index, (prompt_ids, _) in enumerate(trajectories):
         if not len(prompt_ids):
@@ -164,7 +164,7 @@ class _Row:
         return start
 
     def sequence(self, index: int, prompt: tuple[int, ...], response: Sequence[int], common: bool) -> None:
-        """Adds a trajectory, without its prompt if that is a shared one that the row already has."""
+        """Adds a trajectory, without its prompt if that is shared and already in the row."""
         if not common:
             last = self.add([*prompt, *response[:-1]], 0) + len(prompt) - 1
             following = last + 1

@@ -28,10 +28,10 @@ class State:
     """What a checkpoint holds in addition to weights and optimizer. All randomness follows from the seed and the step.
 
     Attributes:
-        step: training steps so far.
-        skipped: updates so far whose gradient was not finite.
-        skipped_in_a_row: for each kind of update, those of them since the last finite one.
-        memory: of the stage's algorithm; None before its first step.
+        step: the number of training steps so far.
+        skipped: the number of updates so far whose gradient was not finite.
+        skipped_in_a_row: for each kind of update, how many of them since the last one with a finite gradient.
+        memory: the memory of the stage's algorithm; None before its first step.
     """
 
     step: int = 0
@@ -59,14 +59,15 @@ class Parts:
     """The parts of a run; each can be used alone.
 
     Attributes:
-        algorithm: or a pipeline of several.
+        algorithm: the algorithm, or a pipeline of several.
         train: the training set.
         weights: the share of the prompts that each source of a mixture gets; empty without a mixture.
         prompting: tokenizer, template and stop tokens.
         evaluate: measures the accuracy of the sampler's weights: `upge.evaluation.evaluator.training_accuracy`. All
-            ranks call it, and it returns the same on each.
-        stop: asks the run to stop. If `sampler` also asks it, a step or evaluation in progress is left out at once.
-        fault: on purpose; the training set and the sampler are already those with the fault.
+            ranks call it, and it returns the same result on each.
+        stop: the signals that ask the run to stop. If `sampler` also checks them, it abandons a step or evaluation in
+            progress at once.
+        fault: the fault on purpose; the training set and the sampler already have it.
     """
 
     config: RunConfig
@@ -84,7 +85,7 @@ class Parts:
 
 
 def learner_of(parts: Parts, span: Span, poll: Callable[[], None]) -> Learner:
-    """The learner of a stage; `poll` may leave a step out, as for `Learner`."""
+    """The learner of a stage; `poll` may abandon a step, as for `Learner`."""
     config, stop_token_ids, algorithm = parts.config, parts.prompting.stop_token_ids, span.stage.algorithm
     template = config.teacher.template
     teacher_prompts = TeacherPrompts(parts.prompting, template) if template else None

@@ -19,12 +19,12 @@ _NEW = PromptRecord()
 
 @dataclass
 class Prompts:
-    """What a run remembers of its prompts, by `prompt_key`. Prompts that were never sampled are left out.
+    """What a run remembers of its prompts, by `prompt_key`. Prompts that were never sampled have no entry.
 
     Attributes:
-        records: the numbers.
+        records: the record of each prompt.
         responses: the ids of a prompt's last response and their log-probs under the policy that sampled it; kept only
-            for a memory that wants the drift.
+            for a memory that uses the drift.
     """
 
     records: dict[str, PromptRecord] = field(default_factory=dict)
@@ -32,7 +32,7 @@ class Prompts:
 
     @classmethod
     def restored(cls, saved: Mapping[str, Any]) -> Prompts:
-        """From what `dataclasses.asdict` made of it in a checkpoint."""
+        """The prompts, from their `dataclasses.asdict` in a checkpoint."""
         records = {
             key: PromptRecord(**{**one, "tracked": tuple(one["tracked"])}) for key, one in saved["records"].items()
         }
@@ -40,7 +40,7 @@ class Prompts:
 
 
 def prompt_key(example: Example) -> str:
-    """What identifies a prompt within a run: the problem's id, in a mixture after its data set's name."""
+    """What identifies a prompt within a run: the problem's id, preceded in a mixture by its data set's name."""
     problem = example.problem
     return f"{problem.source}/{problem.id}" if problem.source else problem.id
 
@@ -49,10 +49,10 @@ class PromptReader(NamedTuple):
     """Reads what is remembered before a step.
 
     Attributes:
-        memory: of the algorithm.
-        prompts: the run's.
+        memory: the algorithm's prompt memory.
+        prompts: what the run remembers.
         examples: the training set.
-        step: within the stage, from 0.
+        step: the step within the stage, from 0.
     """
 
     memory: PromptMemory
@@ -66,12 +66,12 @@ class PromptReader(NamedTuple):
         return self.memory.remembered(record, self.step)
 
     def columns(self, indices: Iterable[int]) -> PromptColumns:
-        """The same of several examples, in order."""
+        """What is remembered of several examples' prompts, in order."""
         return PromptColumns.of([self.of(index) for index in indices])
 
 
 def effective_number(weights: Iterable[Tensor]) -> float:
-    """(Σa)²/Σa² of the weights a: how many prompts with equal weights would vary as little."""
+    """The effective number (Σa)²/Σa² of the weights a; with equal weights it is their count."""
     every = torch.cat(list(weights))
     return float(every.sum() ** 2 / every.square().sum())
 
@@ -80,8 +80,8 @@ class Visit(NamedTuple):
     """A prompt that a step has sampled.
 
     Attributes:
-        key: of the prompt.
-        rollouts: of it, without those that continue a demonstration.
+        key: the prompt's key.
+        rollouts: its rollouts, except those that continue a demonstration.
     """
 
     key: str
@@ -89,7 +89,7 @@ class Visit(NamedTuple):
 
 
 def visits(sampled: Iterable[Trajectory], examples: Sequence[Example]) -> list[Visit]:
-    """The prompts that a step has sampled, each once and in the order of their first rollouts."""
+    """The prompts that a step has sampled, each once, in the order of their first rollouts."""
     by_key: dict[str, list[Trajectory]] = {}
     for one in sampled:
         if not one.guiding_tokens:
@@ -101,8 +101,8 @@ class Drift(NamedTuple):
     """How far the policy has moved on the prompts of a step, since each was last sampled.
 
     Attributes:
-        by_key: mean_t |log π(y_t) - log π_then(y_t)| over the response that is remembered; only for prompts with one.
-        responses: of this step, to be remembered in place of those.
+        by_key: mean_t |log π(y_t) - log π_then(y_t)| over the remembered response; only for prompts that have one.
+        responses: the responses of this step that replace the remembered ones.
     """
 
     by_key: dict[str, float]
@@ -113,7 +113,7 @@ NO_DRIFT = Drift({}, {})
 
 
 def compared(seen: Sequence[Visit], prompts: Prompts) -> list[Trajectory]:
-    """The responses whose log-probs `drift` needs: the first of each visit, then those that are remembered."""
+    """The responses whose log-probs `drift` needs: the first one of each visit, then the remembered ones."""
     new = [visit.rollouts[0] for visit in seen]
     pairs = [(one, tuple(one.response_ids)) for one in new]
     pairs += [
@@ -128,7 +128,7 @@ def compared(seen: Sequence[Visit], prompts: Prompts) -> list[Trajectory]:
 
 
 def drift(seen: Sequence[Visit], prompts: Prompts, logprobs: Sequence[Tensor]) -> Drift:
-    """The drift, from the log-probs of the responses in `compared`, [t] each, under the policy that sampled now."""
+    """The drift, from the log-probs [t] of each response in `compared` under the policy that sampled this step."""
     responses = {
         visit.key: (torch.tensor(visit.rollouts[0].response_ids, dtype=torch.int32), values)
         for visit, values in zip(seen, logprobs, strict=False)
@@ -144,7 +144,7 @@ def drift(seen: Sequence[Visit], prompts: Prompts, logprobs: Sequence[Tensor]) -
 def remember(
     memory: PromptMemory, prompts: Prompts, seen: Sequence[Visit], step: int, moved: Drift = NO_DRIFT
 ) -> dict[str, float]:
-    """Updates the records after a step and returns the metrics of the memory, which describe it before the step."""
+    """Updates the records after a step; returns metrics of the memory as it was before the step."""
     before = [prompts.records.get(visit.key, _NEW) for visit in seen]
     metrics = {"memory/prompts": float(len(prompts.records))}
     if seen:

@@ -1,4 +1,4 @@
-"""The buffer of rollouts that later steps replay. It is the same on every rank, and in the checkpoints."""
+"""The buffer of rollouts that later steps replay. It is the same on every rank and saved in checkpoints."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ FILE = "replay.pt"
 
 @dataclass(frozen=True)
 class KeptPrompt:
-    """What the buffer has of a prompt.
+    """What the buffer keeps of a prompt.
 
     Attributes:
-        successes: in its last group.
-        rollouts: with the log-probs of the policy that sampled them.
+        successes: the number of successes in its last group.
+        rollouts: its rollouts, with the log-probs of the policy that sampled them.
     """
 
     successes: int
@@ -40,14 +40,14 @@ class KeptPrompt:
 class ReplayBuffer:
     """The rollouts that an algorithm keeps for later steps.
 
-    Nothing here is random: what is drawn follows from seed and step, and what is kept from the rollouts.
+    It needs no random state: what is drawn follows from seed and step, and what is kept follows from the rollouts.
 
     Args:
         settings: what is kept and drawn.
         group_size: rollouts per prompt.
-        prompts: of a step.
-        seed: of the run.
-        world: of the run.
+        prompts: prompts per step.
+        seed: the run's seed.
+        world: the run's processes.
     """
 
     def __init__(self, settings: Replay, group_size: int, prompts: int, seed: int, world: World) -> None:
@@ -55,7 +55,7 @@ class ReplayBuffer:
         keeps = settings.keep != "none" and settings.size > 0
         self._wanted = int(settings.share * prompts) if keeps else 0
         self._has_started = settings.start == 0
-        #: By index of the example; the one that has waited longest for a new rollout comes first.
+        #: Index of the example → its prompt. The one that has waited longest for a new rollout comes first.
         self._prompts: dict[int, KeptPrompt] = {}
 
     @property
@@ -64,11 +64,11 @@ class ReplayBuffer:
         return 0 if self.settings.rollouts is None else self.group_size - self.settings.rollouts
 
     def draw(self, step: int, others: Collection[int]) -> dict[int, list[Trajectory]]:
-        """The replayed rollouts of a step, by their example, in the order in which they were drawn.
+        """The replayed rollouts of a step by example, in the order in which they were drawn.
 
         Args:
-            step: of the run, from 0.
-            others: examples that the step may have anyway; they are not drawn.
+            step: the step of the run, from 0.
+            others: examples that the step may sample anyway, which are not drawn.
         """
         random = Random(stream_seed(self.seed, "replay", step))
         buckets: dict[int, list[int]] = {}
@@ -98,7 +98,7 @@ class ReplayBuffer:
             indices, fresh: the examples of the other prompts, and their rollouts.
             replayed: the replayed rollouts by example.
             own: the fresh rollouts of these examples, whose groups are numbered from 0.
-            step: of the run, from 0.
+            step: the step of the run, from 0.
 
         Returns:
             The examples of all prompts, and their rollouts by group.
@@ -119,7 +119,7 @@ class ReplayBuffer:
         return math.exp(-((successes - self.group_size / 2) ** 2) / 2) if half else float(prompts)
 
     def _chosen(self, rollouts: Sequence[Trajectory]) -> list[Trajectory]:
-        """The rollouts of a prompt that are replayed: of several with one mean log-prob the first."""
+        """The rollouts of a prompt to replay: those with the largest mean log-probs, earlier ones first if equal."""
         return sorted(rollouts, key=lambda one: -_mean_logprob(one))[: self.settings.rollouts or len(rollouts)]
 
     def entering(self, trajectories: Sequence[Trajectory]) -> list[int]:
@@ -141,9 +141,9 @@ class ReplayBuffer:
         """Keeps the rows `entering` of a step's trajectories.
 
         Args:
-            trajectories: of the step; those that enter carry the log-probs of the policy that sampled them.
-            entering: from the method of that name.
-            step: within the stage, from 0.
+            trajectories: the step's trajectories; those that enter carry the log-probs of the policy that sampled them.
+            entering: the result of `entering`.
+            step: the step within the stage, from 0.
         """
         self._has_started = self._starts(trajectories)
         for rows in _groups(trajectories).values():
@@ -166,11 +166,11 @@ class ReplayBuffer:
         return sum(len(kept.rollouts) for kept in self._prompts.values())
 
     def metrics(self, trajectories: Sequence[Trajectory], step: int) -> dict[str, float]:
-        """Metrics of a step, after it; docs/metrics.md lists them.
+        """The buffer's metrics after a step; docs/metrics.md lists them.
 
         Args:
-            trajectories: of the step.
-            step: within the stage, from 0.
+            trajectories: the step's trajectories.
+            step: the step within the stage, from 0.
         """
         rollouts = [t for t in trajectories if not t.is_demonstration]
         ages = [step - t.sampled_step for t in rollouts if t.sampled_step is not None]
@@ -193,7 +193,7 @@ class ReplayBuffer:
         """Restores what `save` wrote; all ranks call it.
 
         Raises:
-            ModelError: the file is missing or not whole; all ranks raise it.
+            ModelError: the file is missing or damaged; all ranks raise it.
         """
         with self.world.together(), reading(checkpoint):
             state = read(checkpoint / FILE)
@@ -202,7 +202,7 @@ class ReplayBuffer:
 
 
 def _plain(trajectory: Trajectory) -> Mapping[str, Any]:
-    """Its fields as plain values, the only ones that a checkpoint may hold."""
+    """The trajectory's fields as plain values; a checkpoint may hold no others."""
     fields = {item.name: getattr(trajectory, item.name) for item in dataclasses.fields(trajectory)}
     return fields | {"rewards": tuple(map(tuple, trajectory.rewards))}
 
@@ -225,7 +225,7 @@ def _successes(trajectories: Sequence[Trajectory], rows: Sequence[int]) -> int:
 
 
 def _distinct(rollouts: Sequence[Trajectory]) -> tuple[Trajectory, ...]:
-    """Without those whose tokens an earlier one has."""
+    """The rollouts without those whose response equals that of an earlier one."""
     distinct: dict[tuple[int, ...], Trajectory] = {}
     for rollout in rollouts:
         distinct.setdefault(rollout.response_ids, rollout)
@@ -233,6 +233,6 @@ def _distinct(rollouts: Sequence[Trajectory]) -> tuple[Trajectory, ...]:
 
 
 def _mean_logprob(rollout: Trajectory) -> float:
-    """The mean log-prob of a rollout's tokens: minus it estimates the entropy of the policy that sampled them."""
+    """The mean log-prob of a rollout's tokens. Its negative estimates the entropy of the policy that sampled them."""
     values = rollout.sampler_logprobs or (0.0,)
     return math.fsum(values) / len(values)

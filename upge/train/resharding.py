@@ -1,12 +1,12 @@
-"""Loads a checkpoint that was saved by another number of ranks: each rank reads its part of their files.
+"""Loads a checkpoint that another number of ranks saved: each rank reads its part of their files.
 
 ZeRO-3 divides every parameter into equal parts, one per rank; the last parts are padded. A rank's parts lie one after
 another in flat tensors, one per sub-group of parameters. Master weights and AdamW's moments have this layout.
 
 DeepSpeed's universal checkpoint (0.19.8) is not used for this. Its conversion (`extract_zero_shards_stage3` in
 checkpoint/ds_to_universal.py) fails if the optimizer has no moments yet, as during a critic's warm-up, and leaves out
-the sets of moments that are not in use. It writes every state twice beside the checkpoint, 24 bytes per parameter, and
-then every rank reads all of them.
+the sets of moments that are not in use. It writes every state twice next to the checkpoint, 24 bytes per parameter, and
+every rank then reads all of it.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class Layout(NamedTuple):
     """Where the parameters lie in the ranks' flat tensors.
 
     Attributes:
-        sub_groups: for each, the parameters in order, with their numbers of elements.
-        ranks: over which each parameter is divided.
+        sub_groups: for each sub-group, name → number of elements of its parameters, in order.
+        ranks: the number of ranks over which each parameter is divided.
     """
 
     sub_groups: Sequence[Mapping[str, int]]
@@ -59,9 +59,10 @@ def reshard(
     """A rank's flat tensors, one per sub-group, from those of all ranks that wrote the checkpoint.
 
     Args:
-        saved: by rank and sub-group, in the layout `before`.
-        before, now: the same parameters; sub-groups may differ, because their sizes count a rank's own elements.
-        rank: one of `now.ranks`.
+        saved: the flat tensors by rank and sub-group, in the layout `before`.
+        before, now: the layouts, of the same parameters. Their sub-groups may differ, because DeepSpeed sizes
+            sub-groups by a rank's own elements.
+        rank: one of the ranks of `now`.
 
     Returns:
         Tensors in the layout `now`, with zeros as padding.
@@ -132,9 +133,9 @@ def deepspeed_part(shards: Sequence[Mapping[str, Any]], before: Layout, now: Lay
 
 
 def read(path: Path, mapped: bool = True) -> Any:
-    """The content of a file of a checkpoint. With `mapped` tensors are mapped, so only what is used is read.
+    """The content of a checkpoint's file. With `mapped` tensors are memory-mapped, so only what is used is read.
 
-    Apart from tensors and plain values, a file may have only the two classes of DeepSpeed that its checkpoints need, so
+    Apart from tensors and plain values, a file may hold only the two classes of DeepSpeed that its checkpoints need, so
     reading it runs no code from it.
 
     Raises:
@@ -149,20 +150,20 @@ def read(path: Path, mapped: bool = True) -> Any:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Raises ModelError if the checkpoint, or the file of one, that is read inside is missing or not whole."""
+    """Raises ModelError if the checkpoint or the file that the block reads is missing or damaged."""
     try:
         yield
     except (OSError, RuntimeError, LookupError, TypeError, ValueError, EOFError, UnpicklingError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         if isinstance(error, UnpicklingError):
-            reason = "it holds something else than tensors and plain values, which could execute code"
+            reason = "it holds objects other than tensors and plain values, which could execute code"
         raise ModelError(
             f"{path}: the checkpoint cannot be read ({reason}); remove it to resume from an older one"
         ) from error
 
 
 def model_file(checkpoint: Path, rank: int = 0) -> Path:
-    """DeepSpeed's file of a rank with counters, layout, our own state, and no weights of ZeRO-3."""
+    """DeepSpeed's file of a rank with counters, layout and upge's own state, without ZeRO-3's weights."""
     return checkpoint / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt"
 
 
@@ -177,7 +178,7 @@ def whole_weights(checkpoint: Path) -> dict[str, Tensor]:
     """The trained weights of a checkpoint in float32, and its buffers, by their names in the module.
 
     Raises:
-        UnpicklingError, OSError, RuntimeError, KeyError, ValueError: the checkpoint is not whole.
+        UnpicklingError, OSError, RuntimeError, KeyError, ValueError: the checkpoint is incomplete or damaged.
     """
     model, ranks = read(model_file(checkpoint)), saved_ranks(checkpoint)
     shapes = {name: shape for group in model["param_shapes"] for name, shape in group.items()}

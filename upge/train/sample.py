@@ -1,4 +1,4 @@
-"""The trajectories of a step as they are collected, and the batch of columns that they make before the forward pass."""
+"""The trajectories of a step as they are collected, and the batch of columns that is made of them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from upge.trajectories import Trajectories
 from upge.verify import NamedReward
 from upge.views import PASS_THRESHOLD
 
-#: (prompt_ids, response_ids): what the models read of a trajectory.
+#: (prompt_ids, response_ids): the part of a trajectory that models read.
 TokenIds = tuple[Sequence[int], Sequence[int]]
 
 
@@ -31,21 +31,21 @@ class Trajectory:
         reward: the verifier's reward; for a demonstration the largest that the verifier gives, for a rejected response
             the smallest.
         is_demonstration: True for everything that comes from the data set.
-        sampler_logprobs: of the sampled tokens, as the inference engine reported them; None for what comes from the
-            data set.
+        sampler_logprobs: log-probs of the sampled tokens, as the inference engine reported them; None for everything
+            that comes from the data set.
         behavior_logprobs: the trainer's log-probs of the response's tokens under the policy that sampled them; None if
-            that is the present policy.
-        sampled_step: the step, from 0, that sampled a replayed rollout; None for what is of this step.
+            that is the current policy.
+        sampled_step: the step, from 0, that sampled a replayed rollout; None for trajectories of this step.
         prefix_tokens: number of tokens of a demonstration that a rollout's response begins with.
         hint_tokens: number of tokens of a demonstration at the end of a rollout's prompt.
-        remembered: what is known of its prompt from the steps before; None if no part reads it.
-        finished: False if the response was cut at the length limit.
+        remembered: what is known of its prompt from earlier steps; None if no part reads it.
+        finished: False if the response was cut off at the length limit.
         extracted: the answer that the verifier read in a rollout; None if it found none or does not report it.
-        status: of the verification: 'ok', 'timeout' or 'error'; 'demonstration' where nothing was verified.
+        status: the status of the verification: 'ok', 'timeout' or 'error'; 'demonstration' if nothing was verified.
         detail: the reason for a timeout or an error.
-        rewards: the own reward of each verifier that `reward` is made of; empty where no verifier is known.
-        pass_threshold: a rollout counts as a success above this reward; the same for all of a step.
-        success: the name of the reward that decides on success; empty = `reward`; the same for all of a step.
+        rewards: the individual reward of each verifier that `reward` combines; empty if no verifier is known.
+        pass_threshold: a rollout counts as a success above this reward; the same for a whole step.
+        success: the name of the reward that decides on success; empty = `reward`; the same for a whole step.
         teacher_prompt_ids: the prompt that the teacher reads in place of the policy's; None = the same.
         preference: +1 for the chosen side of a pair, -1 for the rejected one, 0 for neither.
         index: its place in the step, from 0 and the same on every rank. It is the trajectory's row in the step's batch
@@ -77,7 +77,7 @@ class Trajectory:
 
     @property
     def passed(self) -> bool:
-        """Whether it counts as a success."""
+        """Whether the trajectory counts as a success."""
         deciding = (one.reward for one in self.summands if one.name == self.success)
         return next(deciding, self.reward) > self.pass_threshold
 
@@ -88,12 +88,12 @@ class Trajectory:
 
     @property
     def is_replayed(self) -> bool:
-        """Whether an earlier step sampled it."""
+        """Whether an earlier step sampled the trajectory."""
         return self.sampled_step is not None
 
     @property
     def is_fresh(self) -> bool:
-        """Whether it is a rollout that this step sampled."""
+        """Whether the trajectory is a rollout that this step sampled."""
         return not self.is_demonstration and not self.is_replayed
 
     @property
@@ -103,7 +103,7 @@ class Trajectory:
 
     @property
     def text_ids(self) -> tuple[int, ...]:
-        """The tokens of the response as the verifier reads it: with those of a demonstration, in prompt or response."""
+        """The response as the verifier reads it, including demonstration tokens at its start or at the prompt's end."""
         return self.prompt_ids[len(self.prompt_ids) - self.hint_tokens :] + self.response_ids
 
     @property
@@ -176,7 +176,7 @@ def assemble(trajectories: Sequence[Trajectory], step: int) -> Trajectories:
 
 
 def _memory_columns(trajectories: Sequence[Trajectory]) -> dict[str, Any]:
-    """[B] each, what is remembered of the trajectories' prompts; empty if nothing is."""
+    """Columns [B] of what is remembered of the trajectories' prompts; empty if some have no such record."""
     remembered = [t.remembered for t in trajectories if t.remembered is not None]
     if len(remembered) < len(trajectories) or not trajectories:
         return {}
@@ -184,7 +184,7 @@ def _memory_columns(trajectories: Sequence[Trajectory]) -> dict[str, Any]:
 
 
 def _succeeded(trajectories: Sequence[Trajectory]) -> Tensor | None:
-    """[B] True for successes; None if their `reward` decides on all of them."""
+    """[B] True for successes; None if `reward` alone decides."""
     if not any(t.success for t in trajectories):
         return None
     return torch.tensor([t.passed for t in trajectories], dtype=torch.bool)
@@ -203,7 +203,7 @@ def _named_rewards(trajectories: Sequence[Trajectory]) -> dict[str, Any]:
 def _column(
     values: Sequence[tuple[float, ...] | None], trajectories: Sequence[Trajectory], mask: Tensor
 ) -> Tensor | None:
-    """[B, T] numbers of the last tokens of some responses, zero elsewhere; None if no trajectory has them."""
+    """[B, T] values of the last tokens of responses, zero elsewhere; None if no trajectory has values."""
     if all(of_tokens is None for of_tokens in values):
         return None
     column = torch.zeros(mask.shape)

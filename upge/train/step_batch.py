@@ -33,7 +33,7 @@ _T = TypeVar("_T")
 class StepBatch(NamedTuple):
     """The trajectories of a step or of one update, as columns and as they were collected, in the same order.
 
-    Its rows are what a plan, a micro-batch and `RowValues` number. Beyond an update, `Trajectory.index` identifies a
+    Plans, micro-batches and `RowValues` refer to its rows by number. Across updates, `Trajectory.index` identifies a
     trajectory.
     """
 
@@ -55,7 +55,7 @@ class StepBatch(NamedTuple):
         return [self.trajectories[row].ids for row in rows]
 
     def teacher_ids(self, rows: Sequence[int]) -> list[TokenIds]:
-        """The same with the prompts that the teacher reads."""
+        """(prompt_ids, response_ids) of some rows, with the prompts that the teacher reads."""
         return [self.trajectories[row].teacher_ids for row in rows]
 
 
@@ -72,18 +72,18 @@ def update_rows(trajectories: Sequence[Trajectory], updates: int) -> list[Tensor
 
 
 class BatchFiller:
-    """Fills the columns that an algorithm reads and that take a forward pass, on all ranks together.
+    """Fills the columns that an algorithm reads and that take a forward pass; all ranks call its methods together.
 
-    Columns that are read before the policy's forward pass are filled for all trajectories of the step, by `fill`. Those
-    that only live parts read are filled later, by `complete`, and only for the trajectories on which they are read.
+    `fill` fills the columns that are read before the policy's forward pass, for all trajectories of the step.
+    `complete` later fills those that only live parts read, only for the trajectories on which they are read.
 
     Args:
-        policy: fills `behavior_logprobs` and `score_norms`.
-        algorithm: says which columns it reads.
-        config: the optimizer's, with the size of micro-batches and the number of updates.
-        critic: fills `values`; None if the algorithm reads none.
-        reference: fills `reference_logprobs`; None if the algorithm reads none.
-        teacher: fills `teacher_logprobs`; None if the algorithm reads none.
+        policy: the model for `behavior_logprobs` and `score_norms`.
+        algorithm: the algorithm that reads the columns.
+        config: the optimizer's settings, with the size of micro-batches and the number of updates.
+        critic: the model for `values`; None if the algorithm reads none.
+        reference: the model for `reference_logprobs`; None if the algorithm reads none.
+        teacher: the model for `teacher_logprobs`; None if the algorithm reads none.
         poll: called before each forward pass; may raise an error, on all ranks.
     """
 
@@ -101,7 +101,7 @@ class BatchFiller:
         self.teacher = teacher
         self.needs = algorithm.step_needs
         self.has_later_updates = config.mini_batches * config.epochs > 1
-        #: Columns that only live parts read, asked for once it is known which trajectories contribute.
+        #: Columns that only live parts read, filled once it is known which trajectories contribute.
         self.late_columns = (self.needs.columns & COMPUTED) - self.needs.precomputed
 
     def fill(
@@ -110,8 +110,8 @@ class BatchFiller:
         """The step's batch with the columns that are read before the forward pass.
 
         Args:
-            trajectories: the same on every rank.
-            step: within the stage, from 0, for schedules.
+            trajectories: the step's trajectories, the same on every rank.
+            step: the step within the stage, from 0, for schedules.
             state: the value of each stateful gate's variable.
         """
         columns = dataclasses.replace(assemble(trajectories, step), state=dict(state or {}))
@@ -122,9 +122,9 @@ class BatchFiller:
     def complete(self, batch: StepBatch, plan: Plan, behavior: bool) -> StepBatch:
         """The batch of an update with all columns that the plan of its rows reads.
 
-        `behavior` fills `behavior_logprobs` with the current policy's log-probs. It is False for the update in which
-        the policy is still the one that sampled. If some trajectories carry those of another policy, the column is
-        filled in any case, with the current policy's for all others.
+        With `behavior`, `behavior_logprobs` are the current policy's log-probs. It is False for the update in which the
+        policy is still the one that sampled. If some trajectories carry log-probs of another policy, the column is
+        filled in any case, with the current policy's for all other trajectories.
         """
         fills = behavior and self.has_later_updates or batch.carries_behavior
         for name in sorted(self.late_columns - (set() if fills else {_BEHAVIOR})):
@@ -132,9 +132,9 @@ class BatchFiller:
         return batch
 
     def complete_any(self, batch: StepBatch, plans: Sequence[Plan]) -> StepBatch:
-        """The batch with the columns that some of several plans of its rows read.
+        """The batch with the columns that any of several plans of its rows reads.
 
-        `behavior_logprobs` only if some trajectories carry those of another policy than the current one.
+        This includes `behavior_logprobs` only if some trajectories carry those of a policy other than the current one.
         """
         for name in sorted(self.late_columns - (set() if batch.carries_behavior else {_BEHAVIOR})):
             read = torch.stack([plan.reading(name) for plan in plans]).any(dim=0)
@@ -145,15 +145,15 @@ class BatchFiller:
     def evaluated(
         self, batch: StepBatch, plan: Plan, poll: Callable[[], None] | None = None
     ) -> tuple[Plan, list[RowValues]]:
-        """The plan of an update with its parts of reach 'batch' evaluated, by a forward pass of the current policy.
+        """The plan of an update with its parts of reach 'batch' evaluated by a forward pass of the current policy.
 
         Args:
-            batch: of the update, with all columns.
-            plan: of it; returned unchanged, without a pass, if none of its parts has reach 'batch'.
+            batch: the update's batch, with all columns.
+            plan: the update's plan; returned unchanged, without a pass, if none of its parts has reach 'batch'.
             poll: called before each micro-batch; may raise an error, on all ranks.
 
         Returns:
-            The plan, and the log-probs of its contributing trajectories that this rank computed.
+            The plan, and the log-probs that this rank computed for contributing trajectories.
         """
         if not plan.pending:
             return plan, []
@@ -171,10 +171,9 @@ class BatchFiller:
         return plan.with_current(current, self.policy.world.broadcast), by_name["logprobs"]
 
     def with_behavior(self, batch: StepBatch, logprobs: list[RowValues]) -> StepBatch:
-        """The batch of the first update with the log-probs that its own forward passes gave on each rank.
+        """The first update's batch with `behavior_logprobs` from the update's own forward passes, for later epochs.
 
-        Later epochs need them, and they are not computed twice. The batch is unchanged if nothing reads them, or if it
-        has them.
+        The batch is unchanged if nothing reads them or if it has them. `logprobs` are those that this rank computed.
         """
         has_none = _BEHAVIOR in self.late_columns and not batch.carries_behavior
         return self._joined(batch, {_BEHAVIOR: logprobs}) if has_none else batch
@@ -183,14 +182,14 @@ class BatchFiller:
     def as_sampled(
         self, trajectories: Sequence[Trajectory], rows: Sequence[int], weights: Weights | None
     ) -> list[Trajectory]:
-        """`trajectories` of which those at `rows` carry the log-probs of the policy with `weights`, which sampled them.
+        """`trajectories`, with `behavior_logprobs` at `rows` from the policy with `weights`, which sampled them.
 
-        The log-probs are the trainer's. So the importance ratio measures how old the policy is, and the ratio to the
-        sampler's log-probs how far the inference engine is from the trainer.
+        The trainer computes these log-probs. So the importance ratio measures only how stale the policy is, and the
+        ratio to the sampler's log-probs only how far the inference engine is from the trainer.
 
         Args:
             trajectories, rows: the same on every rank.
-            weights: None = those of the current policy.
+            weights: the weights of an earlier step; None = the current weights.
         """
         batch = StepBatch(assemble(trajectories, 0), list(trajectories))
         with exchanged(self.policy.zero, weights):
@@ -204,7 +203,7 @@ class BatchFiller:
         return filled
 
     def current_logprobs(self, trajectories: Sequence[Trajectory]) -> list[Tensor]:
-        """The current policy's log-probs of each response, [t] each and the same on every rank, by a forward pass."""
+        """The current policy's log-probs [t] of each response, the same on every rank; takes a forward pass."""
         if not trajectories:
             return []
         batch = StepBatch(assemble(trajectories, 0), list(trajectories))
@@ -216,7 +215,7 @@ class BatchFiller:
 
     @contextmanager
     def smaller_micro_batches(self, batch: StepBatch) -> Iterator[None]:
-        """In the block micro-batches have at most half the tokens that they could have before."""
+        """Halves the maximum tokens of a micro-batch in the block."""
         before = self.config
         total = sum(len(ids) for pair in batch.ids(range(len(batch.trajectories))) for ids in pair)
         half = max(1, min(before.micro_batch_tokens, total) // 2)
@@ -236,9 +235,9 @@ class BatchFiller:
 
     @torch.no_grad()
     def _with_columns(self, batch: StepBatch, rows: Sequence[int], names: Set[str]) -> StepBatch:
-        """`batch` with columns computed for `rows`, and zero elsewhere, where they are not read.
+        """`batch` with columns computed for `rows`; elsewhere they are zero and not read.
 
-        The log-probs that trajectories carry are not computed again.
+        Log-probs that trajectories carry are not computed again.
         """
         unknown = [row for row in rows if batch.trajectories[row].behavior_logprobs is None]
         sources: dict[str, Callable[[list[int]], Tensor]] = {
@@ -273,15 +272,15 @@ class BatchFiller:
 
     @contextmanager
     def outputs(self, batch: StepBatch, rows: Sequence[int], packed: PackedBatch) -> Iterator[dict[str, Output]]:
-        """What the models whose distributions the algorithm reads predict at the tokens of `packed`.
+        """The outputs at the tokens of `packed` of the models whose distributions the algorithm reads, by name.
 
         Args:
-            batch: of the update.
-            rows: of `packed`, on this rank; every rank must call this equally often.
+            batch: the update's batch.
+            rows: the rows of `packed`, on this rank; all ranks must make the same number of calls.
         """
         with ExitStack() as stack:
             outputs: dict[str, Output] = {}
-            # Teacher and reference policy may be one model, whose weights are gathered once.
+            # Teacher and reference policy may be the same model, whose weights are gathered once.
             weights: dict[int, OutputWeights] = {}
             for name in sorted(self.needs.distributions):
                 model = _given(self.reference if name == "reference" else self.teacher)
@@ -294,7 +293,7 @@ class BatchFiller:
             yield outputs
 
     def _joined(self, batch: StepBatch, computed: Mapping[str, list[RowValues]]) -> StepBatch:
-        """`batch` with columns put together from what each rank has computed."""
+        """`batch` with columns assembled from what each rank has computed."""
         columns = {}
         for name, of_this_rank in computed.items():
             known = batch.columns.behavior_logprobs if name == _BEHAVIOR else None

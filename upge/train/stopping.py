@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import NamedTuple
 
-#: Exit codes of a run that has begun. FAILED is for a failure of the machine, such as that of an inference engine.
+#: Exit codes of a run that has begun. FAILED stands for failures such as that of an inference engine.
 DONE, FAILED, BAD_INPUT, NOT_FINITE = 0, 1, 2, 3
 
 
@@ -29,7 +29,7 @@ class StopSignals:
     """Notes the first signal that asks this rank to stop.
 
     Attributes:
-        number: of the signal; 0 before there is one.
+        number: the signal's number; 0 if there was none.
     """
 
     def __init__(self) -> None:
@@ -40,14 +40,14 @@ class StopSignals:
         return self.number != 0
 
     def note(self, number: int, frame: FrameType | None = None) -> None:
-        """Notes a signal, also one that another rank got. A second one of the same kind ends the process at once."""
+        """Notes a signal, also one of another rank. A second signal of the same kind ends the process at once."""
         self.number = self.number or number
         if frame is not None:
             signal.signal(number, signal.SIG_DFL)
 
     @contextmanager
     def noted(self) -> Iterator[None]:
-        """Notes signals in the block; afterwards they have their handlers from before."""
+        """Notes signals in the block and restores their earlier handlers after it."""
         before = {number: signal.signal(number, self.note) for number in stop_signals()}
         try:
             yield

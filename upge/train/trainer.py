@@ -36,18 +36,18 @@ from upge.train.stopping import BAD_INPUT, DONE, FAILED, NOT_FINITE, Ending
 from upge.verify.base import VerifierError
 
 _T = TypeVar("_T")
-#: The critic's folder inside a checkpoint's; DeepSpeed's file names would be those of the policy's.
+#: The critic's folder within a checkpoint, because DeepSpeed would give its files the same names as the policy's.
 _CRITIC = "critic"
 
 
 class Trainer:
-    """Runs the steps of a run and leaves its folder complete.
+    """Runs the steps of a run and writes its folder.
 
     Args:
-        parts: of the run.
-        report_step: called on the main rank with the step's metrics, for progress.
+        parts: the parts of the run.
+        report_step: called on the main rank with the metrics of each step.
         report_evaluation: called on the main rank with each evaluation.
-        report_note: called on the main rank with a sentence on something unusual.
+        report_note: called on the main rank with a message about something unusual.
         report_alarm: called on the main rank with the text of each alarm.
     """
 
@@ -78,7 +78,7 @@ class Trainer:
     def restore(self, step: int) -> None:
         """Continues from the checkpoint of `step`, which any number of ranks may have written.
 
-        A run that was stopped for non-finite updates starts counting them anew.
+        If the run was stopped because of non-finite updates, their count starts again at 0.
 
         Raises:
             ModelError: the checkpoint is damaged; the message names the newest earlier one that is whole.
@@ -98,7 +98,7 @@ class Trainer:
             self.state.skipped_in_a_row = {}
 
     def _remembering(self, step: int) -> list[EarlierWeights | ReplayBuffer]:
-        """What a checkpoint of `step` holds in files of its own: earlier weights, the buffer of the step's stage."""
+        """What a checkpoint of `step` holds in separate files: earlier weights, the replay buffer of the stage."""
         of_stages = zip(self.spans, self.learners, strict=True)
         learners = [learner for span, learner in of_stages if step < span.end] or self.learners[-1:]
         return [one for one in (self.earlier, *(learner.replay for learner in learners[:1])) if one is not None]
@@ -108,10 +108,10 @@ class Trainer:
         try:
             return self._run()
         except NonFiniteError as error:
-            # Nothing is saved: the state may be ruined, and a checkpoint of it could replace a good one.
+            # Nothing is saved, because the state may be damaged and its checkpoint could replace a good one.
             kept = "no checkpoint" if self.saved_step is None else f"the checkpoint of step {self.saved_step}"
             return Ending(
-                NOT_FINITE, f"stopped after step {self.state.step}: {error}; the state is not saved, there is {kept}"
+                NOT_FINITE, f"stopped after step {self.state.step}: {error}; the state is not saved; there is {kept}"
             )
 
     def _run(self) -> Ending:
@@ -140,15 +140,15 @@ class Trainer:
         return ending
 
     def _train(self) -> Ending:
-        """Makes the steps that are left, with their evaluations and checkpoints.
+        """Runs the remaining steps, with their evaluations and checkpoints.
 
         Raises:
-            Interrupted: a signal asks for it.
+            Interrupted: a rank has received a signal.
             EngineError: the sampler's engine has failed twice.
             VerifierError: verifiers cannot run, or fail too often.
         """
         config, every = self.parts.config, self.parts.config.checkpoint.every
-        # Also the one that an interruption cut off.
+        # This may be an evaluation that was interrupted.
         if self._is_evaluation_due():
             self._evaluate()
         while self.state.step < config.steps:
@@ -184,12 +184,12 @@ class Trainer:
             raise Interrupted("stopped by a signal")
 
     def _check_policy(self) -> None:
-        """Computes the log-probs of one trajectory, so that a ruined policy never replaces a good one on the disk.
+        """Computes the log-probs of one trajectory, so that a broken policy never replaces a good one on the disk.
 
-        Weights can be finite and yet too large for the model. `_step` checks the weights themselves.
+        Weights can be finite but too large for the model. `_step` checks the weights themselves.
 
         Raises:
-            NonFiniteError: on all ranks, if the log-probs of one are not finite.
+            NonFiniteError: on all ranks, if the log-probs on some rank are not finite.
         """
         if self._probe is None:
             return
@@ -200,13 +200,13 @@ class Trainer:
         self._check_finite("" if finite else "the policy's log-probs of its last trajectories are not finite")
 
     def _check_finite(self, problem: str) -> None:
-        """Raises NonFiniteError on all ranks if one of them has a problem; it is empty if there is none."""
+        """Raises NonFiniteError on all ranks if `problem` is not empty on one of them."""
         found = next(filter(None, self.parts.world.gather(problem)), None)
         if found is not None:
             raise NonFiniteError(found)
 
     def _sampling(self, work: Callable[[], _T]) -> _T:
-        """The result of `work`, which samples on all ranks. An engine that fails in it is restarted once in a run."""
+        """The result of `work`, which samples on all ranks. Once per run, an engine that fails is restarted."""
         try:
             return work()
         except EngineError as error:
@@ -237,12 +237,12 @@ class Trainer:
                     folder.settle_best(line)
 
     def save(self) -> None:
-        """Saves a checkpoint of the present state, unless there is one.
+        """Saves a checkpoint of the current state, unless there is one.
 
-        It is written under another name and renamed when complete, so that a half-written one is never read.
+        It is written under a temporary name and renamed when complete, so that an incomplete one is never read.
 
         Raises:
-            StorageError: there is no room for it, or a file cannot be written; all ranks raise it.
+            StorageError: the disk has no room for it, or a file cannot be written; all ranks raise it.
         """
         folder, models, world, step = self.parts.folder, self.parts.models, self.parts.world, self.state.step
         if step == self.saved_step:
@@ -271,7 +271,7 @@ class Trainer:
         self.saved_step = step
 
     def _enter_stage(self, span: Span, learner: Learner) -> Memory:
-        """The memory at a stage's first step. Of the stage before only the weights remain."""
+        """Resets the optimizers and returns the memory for a stage's first step. Only weights carry over."""
         if span.first > 0:
             self.parts.models.policy.reset_optimizer(everything=True)
             if self.parts.models.critic is not None:
@@ -279,7 +279,7 @@ class Trainer:
         return learner.memory()
 
     def _step(self) -> bool:
-        """Makes one step; True if too many updates in a row were not finite."""
+        """Runs one step; True if too many updates in a row were not finite."""
         config, world, state = self.parts.config, self.parts.world, self.state
         stage = next(i for i, span in enumerate(self.spans) if state.step < span.end)
         span, learner = self.spans[stage], self.learners[stage]
@@ -331,20 +331,20 @@ class Trainer:
         return report.skipped > 0 and self._too_many_skipped()
 
     def _sampler_weights(self) -> Weights | None:
-        """The weights that this step samples with; None = the present ones."""
+        """The weights that this step samples with; None = the current weights."""
         if self.earlier is None:
             return None
         self.earlier.remember(self.state.step)
         return self.earlier.of_sampler(self.state.step)
 
     def _weights_problem(self) -> str:
-        """Which model's weights are not finite on this rank; empty if they are."""
+        """Names a model whose weights are not finite on this rank; empty if all are finite."""
         models = {"policy": self.parts.models.policy, "critic": self.parts.models.critic}
         ruined = [name for name, model in models.items() if model is not None and not model.is_finite()]
         return f"the weights of the {ruined[0]} are not finite after the update" if ruined else ""
 
     def _check_verdicts(self, collected: Collected) -> None:
-        """Tells and records failed verdicts of the step in progress; raises VerifierError if they are too many."""
+        """Reports and records failed verdicts of the step in progress; raises VerifierError if there are too many."""
         p, step, verdicts = self.parts, self.state.step + 1, collected.verdicts
         with p.world.together():
             if p.world.is_main:
@@ -353,7 +353,7 @@ class Trainer:
             verdicts.check(p.config.stop.verifier_errors, step)
 
     def _alarms(self, step: int) -> AlarmMonitor:
-        """The alarms of this run, which know what the folder has of the steps up to `step`."""
+        """The alarms of this run, with the recorded metrics and alarms of the steps up to `step`."""
         before = []
         for file in (self.parts.folder.path / name for name in ("metrics.jsonl", "alarms.jsonl")):
             lines = read_lines(file) if file.is_file() else []
@@ -382,11 +382,11 @@ class Trainer:
         if p.config.eval.every < 0:
             return
         if p.world.broadcast(p.world.is_main and p.folder.is_evaluated(self.state.step)):
-            return  # by the run that this one continues, after the same update
+            return  # the run that this one continues has evaluated it after the same update
         self.sync.refresh()
         line = {"step": self.state.step, **self._sampling(p.evaluate), "time": time.perf_counter() - began}
         if p.config.eval.keep_best:
-            # Before the line is written: an interruption in between repeats the evaluation and loses no model.
+            # Before the line is written, so that after an interruption the evaluation is repeated and no model is lost.
             self._keep_if_best(line)
         with p.world.together():
             if p.world.is_main:

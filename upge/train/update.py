@@ -45,10 +45,10 @@ class Update:
     """One of a step's updates.
 
     Attributes:
-        batch: the trajectories that it learns from, with all columns that the plan reads.
-        plan: of these trajectories.
-        rows: of them in the step's batch.
-        critic_target: None without a critic.
+        batch: the trajectories that the update learns from, with all columns that the plan reads.
+        plan: the plan of these trajectories.
+        rows: their rows in the step's batch.
+        critic_target: the critic's target; None without a critic.
     """
 
     batch: StepBatch
@@ -68,7 +68,7 @@ class Update:
 
 
 class ForwardPass(NamedTuple):
-    """A micro-batch of this rank with what its forward pass gave."""
+    """A micro-batch of this rank with the results of its forward pass."""
 
     rows: list[int]
     micro_batch: MicroBatch
@@ -77,12 +77,13 @@ class ForwardPass(NamedTuple):
 
 @dataclass(frozen=True)
 class PolicyPasses:
-    """What the micro-batches of one policy update gave on this rank.
+    """The results of one policy update's micro-batches on this rank.
 
     Attributes:
-        plan: with all parts evaluated.
-        logprobs: of the trajectories that contributed to the update's own plan.
-        tops: only if they were asked for.
+        plan: the plan with all parts evaluated.
+        sums: the sums of each micro-batch or chunk.
+        logprobs: log-probs of the trajectories that contribute to the update's original plan.
+        tops: the trajectories with the largest token weights, if requested.
     """
 
     plan: Plan
@@ -92,14 +93,14 @@ class PolicyPasses:
 
 
 class Updater:
-    """Runs the updates of a step. It sees an algorithm's plan and estimates, never which algorithm it is.
+    """Runs the updates of a step. It uses an algorithm's plan and estimates, whichever algorithm it is.
 
     Args:
         engine: the policy.
-        algorithm, config: what to learn with, and the optimizer's settings.
-        critic, reference, teacher: None if the algorithm needs none.
+        algorithm, config: the algorithm to learn with, and the optimizer's settings.
+        critic, reference, teacher: the other models; None if the algorithm does not need them.
         poll: called on all ranks before each forward pass until the first optimizer step of a step; raises
-            `Interrupted` on all ranks to leave the step out.
+            `Interrupted` on all ranks to abandon the step.
     """
 
     def __init__(
@@ -129,14 +130,14 @@ class Updater:
         """Makes all updates of a step; every rank passes the same trajectories.
 
         Args:
-            trajectories: of the step.
-            step: within the stage, from 0.
-            rates: without one for the policy only the critic learns.
+            trajectories: the step's trajectories.
+            step: the step within the stage, from 0.
+            rates: the learning rates; if the policy has none, only the critic learns.
             state: the value of each stateful gate's variable.
             diagnostics: what to measure in the first update of the policy.
 
         Raises:
-            Interrupted: as `poll` asks, before anything has changed.
+            Interrupted: `poll` raised it, before anything has changed.
         """
         batch = self.fill(trajectories, step, state)
         updates = self.plan(batch, rates)
@@ -190,9 +191,9 @@ class Updater:
     def plan(self, batch: StepBatch, rates: LearningRates) -> list[Update]:
         """The step's updates, planned on the whole batch, each with all columns that its plan reads.
 
-        After the first of several updates the policy is no longer the one that sampled. So the log-probs of the
-        trajectories that later updates learn from are computed here, before the first update. In the first update they
-        are those of its own forward pass, which later epochs use.
+        After the first of several updates the policy is no longer the one that sampled. So this method computes the
+        log-probs of the trajectories that later updates learn from. The first update gets them from its own forward
+        pass, and later epochs use these.
         """
         rows = update_rows(batch.trajectories, self.config.mini_batches)
         plans = self.algorithm.plans(batch.columns, rows)
@@ -213,14 +214,14 @@ class Updater:
         find_top_tokens: bool = False,
         poll: Callable[[], None] | None = None,
     ) -> PolicyPasses:
-        """Adds the policy gradient of an update, micro-batch by micro-batch; the optimizer step is not taken.
+        """Accumulates the policy gradient of an update over micro-batches, without the optimizer step.
 
         If parts of reach 'batch' leave nothing to learn from, there is no gradient.
 
         Args:
-            update: planned and with all columns.
-            number: of the update within the step, from 1. In the first one the policy is still the one that sampled,
-                so sampler and trainer are compared.
+            update: the update, with all columns.
+            number: the update's number within the step, from 1. In the first one the policy is still the one that
+                sampled, so sampler and trainer are compared.
             find_top_tokens: also return the trajectories with the largest token weights.
             poll: called before each micro-batch; may raise `Interrupted`, which drops the gradient so far.
         """
@@ -229,8 +230,8 @@ class Updater:
         estimates: list[Estimate] = []
 
         def estimates_of(view: Trajectories | PackedTokens, places: Places) -> list[tuple[float, Estimate]]:
-            # Its numbers are read after the passes: reading them here would wait for the device in each of the head's
-            # chunks.
+            # Its numbers are read after the passes, because reading them here would synchronize with the device in each
+            # of the head's chunks.
             estimates.append(plan.estimate_in_head(view, places))
             return [(1.0, estimates[-1])]
 
@@ -241,7 +242,7 @@ class Updater:
             self.engine.drop_gradient()
             raise
         sums = [MetricSums.of_estimate(estimate, number, trajectories) for estimate in estimates]
-        # In other rows nobody reads the column, and it holds zeros.
+        # In other rows the column holds zeros and is not read.
         with_behavior = ready.reading("behavior_logprobs").to(self.engine.world.device)
         weights = [token_weights(estimate) for estimate in estimates] if find_top_tokens else []
         logprobs: list[RowValues] = []
@@ -260,7 +261,7 @@ class Updater:
         return self._gradient(self.filler.complete_any(batch, [plan for _, plan in plans]), *plans)
 
     def _gradient(self, batch: StepBatch, *plans: tuple[float, Plan]) -> list[Tensor]:
-        """`gradient` on a batch that has all columns."""
+        """As `gradient`, on a batch that has all columns."""
         plans = tuple((factor, self.filler.evaluated(batch, plan)[0]) for factor, plan in plans)
         contributing = torch.stack([plan.contributing for _, plan in plans]).any(dim=0)
         on_device = [(factor, plan.to(self.engine.world.device)) for factor, plan in plans]
@@ -272,14 +273,14 @@ class Updater:
         return self.engine.take_gradient()
 
     def _diagnosed(self, update: Update, diagnostics: Diagnostics) -> dict[str, float]:
-        """What gradients of the update tell before it is made."""
+        """Metrics from gradients of the update, computed before it is made."""
         metrics: dict[str, float] = {}
         if diagnostics.term_gradients:
             metrics |= term_gradient_metrics(update.plan, partial(self._gradient, update.batch), self.engine)
         return metrics | (self._split_error(update) if diagnostics.split else {})
 
     def _split_error(self, update: Update) -> dict[str, float]:
-        """The distance of the gradient from that of smaller micro-batches, relative to its norm; 0 but for rounding."""
+        """The distance of the gradient from that of smaller micro-batches, relative to its norm; 0 up to rounding."""
         own = self._gradient(update.batch, (1.0, update.plan))
         with self.filler.smaller_micro_batches(update.batch):
             other = self._gradient(update.batch, (1.0, update.plan))
@@ -294,7 +295,7 @@ class Updater:
         estimates_of: EstimatesOf,
         poll: Callable[[], None] | None = None,
     ) -> list[ForwardPass]:
-        """Forward and backward passes of this rank's micro-batches; those with trajectories are returned.
+        """Runs the forward and backward passes of this rank's micro-batches; returns those with trajectories.
 
         A rank without work runs an empty micro-batch with a loss of zero, because ZeRO-3's collectives need all ranks.
         """
@@ -317,9 +318,9 @@ class Updater:
 
     @torch.no_grad()
     def _probe(self, batch: StepBatch) -> list[MetricSums]:
-        """Compares sampler and trainer on one rollout per rank, where the first update of the policy does not.
+        """Compares sampler and trainer on one rollout per rank, if the first update of the policy does not.
 
-        So a sampler with stale weights shows in every step.
+        This reveals a sampler with stale weights in every step.
         """
         rollouts = [t for t in batch.trajectories if t.is_fresh]
         if not rollouts:
@@ -339,8 +340,7 @@ class Updater:
 def _sampler_gap(micro_batch: MicroBatch, tokens: PackedTokens, trajectories: Sequence[Trajectory]) -> MetricSums:
     """How far the sampler is from the trainer on a micro-batch, both with the weights that the sampler had.
 
-    Args:
-        trajectories: of the whole batch.
+    `trajectories` are those of the whole batch.
     """
     fresh = torch.tensor([not one.is_replayed for one in trajectories], device=micro_batch.of_rollouts.device)
     if any(one.is_fresh and one.behavior_logprobs is not None for one in trajectories):
@@ -349,7 +349,7 @@ def _sampler_gap(micro_batch: MicroBatch, tokens: PackedTokens, trajectories: Se
 
 
 def _coefficients(updates: Sequence[Update]) -> dict[str, float]:
-    """For each term the mean coefficient of its source's trajectories, if it is known before the forward pass."""
+    """For each term, the mean coefficient of its source's trajectories, if it is known before the forward pass."""
     metrics: dict[str, float] = {}
     plans = [update.plan for update in updates]
     for name, term in plans[0].terms.items():

@@ -1,4 +1,4 @@
-"""What became of a step's verdicts: how many failed, why, and whether the step can be learned from."""
+"""The outcome of a step's verification: how many verdicts failed, why, and whether there were too many."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class StepVerdicts:
     """The verdicts on all responses that were sampled for a step, including those of prompts that were redrawn.
 
     Attributes:
-        count: of the verdicts.
-        failed: the rollouts whose verification ended in an error or a timeout; their reward is 0.
+        count: the number of verdicts.
+        failed: the rollouts whose verification ended in an error or a timeout; their reward is the smallest possible.
         first_error: the first error with its traceback; empty without an error.
     """
 
@@ -29,7 +29,7 @@ class StepVerdicts:
 
     @staticmethod
     def of(rollouts: Sequence[Trajectory], first_errors: Sequence[str] = ()) -> StepVerdicts:
-        """Those on `rollouts`; `first_errors` are those of all ranks, empty for a rank without an error."""
+        """The verdicts on `rollouts`; `first_errors` has one entry per rank, empty if the rank had no error."""
         failed = tuple(t for t in rollouts if t.status in FAILED)
         return StepVerdicts(len(rollouts), failed, next(filter(None, first_errors), ""))
 
@@ -43,14 +43,14 @@ class StepVerdicts:
         return {"verify/timeouts": status["timeout"], "verify/errors": status["error"]} if self.count else {}
 
     def check(self, limit: float, step: int) -> None:
-        """Refuses verdicts of which too many failed: the zeros in their place are no rewards.
+        """Refuses the verdicts if too many failed, because the rewards of failed ones say nothing about the responses.
 
         Args:
             limit: the largest share of failed verdicts.
             step: counted from 1, for the message.
 
         Raises:
-            VerifierError: the share is larger.
+            VerifierError: the share of failed verdicts is above `limit`.
         """
         if len(self.failed) <= limit * self.count:
             return
@@ -60,8 +60,8 @@ class StepVerdicts:
         first = next((t for t in self.failed if t.status == "error"), self.failed[0])
         raise VerifierError(
             f"step {step}: {len(self.failed)} of {self.count} verdicts failed ({', '.join(kinds)}; the first: "
-            f"{first.detail}), more than the limit of {limit:g}; correct the verifier (verify.verifier, or the "
-            "problem's own) and give the same command again, which continues from the saved state, or raise the limit "
-            "(1 = never stop). The responses and the reasons are in rollouts/",
+            f"{first.detail}), more than the limit of {limit:g}; fix the verifier (verify.verifier, or the problem's "
+            "own) and run the same command again, which continues from the saved state, or raise the limit (1 = never "
+            "stop). The responses and the reasons are in rollouts/",
             "stop.verifier_errors",
         )

@@ -1,4 +1,4 @@
-"""A rank's watch over its launcher and the other ranks, while the rank itself may wait for them in a collective."""
+"""Watches a rank's launcher and the other ranks in a thread, even while the rank itself waits in a collective."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from upge.train.distributed import World
 from upge.train.launcher import has_launcher
 from upge.train.stopping import FAILED, Ending, StopSignals
 
-#: Seconds between two looks, and the looks in a row in which a rank or the store must be missing.
+#: Seconds between two checks, and the number of checks in a row in which a rank or the store must be missing.
 _INTERVAL, _PATIENCE = 0.5, 3
 #: Seconds that a rank whose collectives fail waits for its watch to say why.
 _LONGEST_WAIT = 60.0
@@ -26,12 +26,12 @@ _STOP, _FAILED, _TOLD = "upge/stop", "upge/failed", "upge/told"
 class Watch:
     """A thread of each rank that passes on signals, and ends the process when the launcher or another rank has ended.
 
-    Without it, a rank that waits for one that was killed may wait until the timeout of its collective.
+    Without it, a rank that waits for one that was killed may wait until its collective times out.
 
     Args:
-        world: of the run; all ranks make a watch at the same time.
-        stop: notes the signals of this rank, and gets those of the others.
-        lost: called on one rank, before its process ends with this exit code.
+        world: the run's processes; all ranks create a watch at the same time.
+        stop: notes the signals of this rank and receives those of the others.
+        lost: called on one rank with the ending, before its process exits.
     """
 
     def __init__(self, world: World, stop: StopSignals, lost: Callable[[Ending], None]) -> None:
@@ -47,7 +47,7 @@ class Watch:
     def wait(self) -> None:
         """Waits for the watch to notice that another rank has ended, which ends this process.
 
-        Where the machine is busy, the watch may take longer than its intervals.
+        On a busy machine, the watch may take longer than its intervals.
         """
         if self._store is None:
             return
@@ -58,7 +58,7 @@ class Watch:
                 return
 
     def end(self) -> None:
-        """Ends the watch. All ranks call it between a barrier and the first of them to leave."""
+        """Ends the watch. All ranks call it after a barrier and before any of them exits."""
         self._over.set()
 
     def fail(self, ending: Ending) -> bool:
@@ -77,17 +77,17 @@ class Watch:
             gone = next((rank for rank, process in self._mates.items() if _has_ended(process)), None)
             missing = 0 if gone is None else missing + 1
             if self._launched and os.getppid() != self._parent or silent >= _PATIENCE:
-                ending = Ending(FAILED, "the launcher has ended, and the ranks end with it")
+                ending = Ending(FAILED, "the launcher has ended; all ranks end")
             elif ending is None and missing >= _PATIENCE and gone is not None:
                 process = self._mates[gone].pid
-                ending = Ending(FAILED, f"rank {gone} (process {process}) was killed or has crashed; all ranks end")
+                ending = Ending(FAILED, f"rank {gone} (process {process}) was killed or crashed; all ranks end")
             if ending is not None and not self._over.is_set():
                 if self._tell(ending):
                     self._lost(ending)
                 os._exit(ending.code)
 
     def _exchange(self) -> Ending | None:
-        """Passes on signals to and from the other ranks; returns how one of them has failed, if it has."""
+        """Passes on signals to and from the other ranks; returns the ending of one that failed, if any."""
         if self._store is None:
             return None
         if self._stop.number:
@@ -97,20 +97,20 @@ class Watch:
         return Ending(*json.loads(self._store.get(_FAILED))) if self._store.check([_FAILED]) else None
 
     def _tell(self, ending: Ending) -> bool:
-        """Passes on an ending to the other ranks; returns whether this rank is the first to do so."""
+        """Passes an ending on to the other ranks; returns whether this rank is the first to do so."""
         if self._store is None:
             return True
         try:
             is_first = self._store.add(_TOLD, 1) == 1
             if is_first:
                 self._store.set(_FAILED, json.dumps(ending))
-        except RuntimeError:  # the launcher has ended, and its store with it
+        except RuntimeError:  # the launcher's store has ended with it
             return True
         return is_first
 
 
 def _machine() -> tuple[str, str]:
-    """Names the machine, or the container, in which a process id is unique."""
+    """The name of the machine or container in which a process id is unique."""
     try:
         return socket.gethostname(), os.readlink("/proc/self/ns/pid")
     except OSError:

@@ -1,8 +1,8 @@
 """Verifiers, which compute rewards, and a pool of processes that runs them with limits on time and memory.
 
-A verifier is any callable (response, answer, prompt=None) → reward; it may ask for more by name, and compare the
-responses to a prompt (`Declared`). `load` finds one by name. `VerifierPool` scores lists of responses, or single
-responses as they arrive. sympy and latex2sympy2_extended are imported only when a verifier has to parse mathematics.
+A verifier is any callable (response, answer, prompt=None) → reward. It may have further parameters, and it may compare
+the responses to a prompt (`Declared`). `load` finds a verifier by name. `VerifierPool` scores lists of responses, or
+single responses as they arrive. sympy and latex2sympy2_extended are imported only when mathematics has to be parsed.
 """
 
 from upge.verify.answers import final_answer, final_text, last_boxed

@@ -1,4 +1,4 @@
-r"""What an answer may be.
+r"""The kinds of answers.
 
 | kind | examples |
 |---|---|
@@ -36,7 +36,7 @@ class Scalar:
 
 @dataclass(frozen=True)
 class Named:
-    """A name and its value. `others` are the sides between them; `left` is the name as an expression, if it is one."""
+    """A name and its value. `others` are the sides between them; `left` is the name as an expression, or None."""
 
     name: str
     value: Answer
@@ -46,7 +46,7 @@ class Named:
 
 @dataclass(frozen=True)
 class Equation:
-    """Sides that are equal."""
+    """Sides with equals signs between them."""
 
     sides: tuple[Scalar, ...]
 
@@ -71,7 +71,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Reals:
-    """A union of intervals; if it was given by an inequality, with the name of its variable and that inequality."""
+    """A union of intervals; if an inequality gave it, also the name of the variable and the inequality."""
 
     pieces: tuple[Interval, ...]
     name: str = ""
@@ -124,7 +124,7 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Clock:
-    """A time of day: hour, minute and maybe second; `half` is "am", "pm" or unknown."""
+    """A time of day: hour, minute and possibly second; `half` is "am", "pm" or, if unknown, empty."""
 
     digits: tuple[int, ...]
     half: str
@@ -234,7 +234,7 @@ def without(pieces: Pieces, points: Pieces) -> Pieces:
 
 
 def merged(pieces: Pieces) -> Pieces:
-    """The same set in order, without pieces that overlap or touch."""
+    """The same set as ordered pieces that neither overlap nor touch."""
     result: list[Interval] = []
     for piece in sorted(pieces, key=lambda piece: (bound_of(piece.low), piece.is_open_low)):
         last = result[-1] if result else None
@@ -252,14 +252,14 @@ def merged(pieces: Pieces) -> Pieces:
 
 
 def clock_of(digits: Sequence[str], half: str = "") -> Clock:
-    """A time of day on a dial of twelve hours: 22:05 is 10:05 pm."""
+    """A time of day on a twelve-hour clock: 22:05 is 10:05 pm."""
     hour, *others = map(int, digits)
     is_afternoon = not half and 12 < hour < 24
     return Clock((hour - 12 * is_afternoon, *(others or [0])), "pm" if is_afternoon else half)
 
 
 def value_of(answer: Answer) -> float | None:
-    """The value of an answer that is one real number, maybe with a name; else None."""
+    """The value of an answer that is one real number, possibly with a name; else None."""
     answer = answer.value if isinstance(answer, Named) else answer
     parsed = expression(answer.latex) if isinstance(answer, Scalar) else None
     return None if parsed is None else real_value(parsed)

@@ -1,4 +1,4 @@
-r"""Finds the final answer of a response, with or without \boxed{...}, in time linear in the length of the text."""
+r"""Finds the final answer of a response, with or without \boxed{...}, in linear time."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from upge.verify.words import CHANGES_A_NUMBER
 
 TAIL = 2000
-"""Number of characters at the end of a text without a box that are searched for an answer."""
+"""In a text without a box, only this many characters at the end are searched for an answer."""
 _SPACE = re.compile(r"\s")
 _MARKED = re.compile(r"^[ \t]*####(?!#)[ \t]*(.*)$", re.MULTILINE)
 _HEADING = re.compile(r"[0-9]+[.):]\s*\**[A-Za-z]|[^0-9$\\+\-.]")
@@ -37,9 +37,9 @@ _OPEN, _CLOSE = "<answer>", "</answer>"
 
 
 def final_answer(text: str) -> str | None:
-    r"""The answer of a mathematical response: the last box, or without any box the last answer in the text.
+    r"""The answer of a mathematical response: the last box or, if there is no box, the last answer in the text.
 
-    Without a box macro, these are tried in order on the last `TAIL` characters, and the first one present decides:
+    If there is no box macro, these are tried in order on the last `TAIL` characters, and the first one present decides:
 
     1. the text after the last `####` that begins a line;
     2. the text after the last "answer is" or "answer:", up to the end of its sentence;
@@ -67,8 +67,8 @@ def final_answer(text: str) -> str | None:
 def final_text(text: str) -> str | None:
     r"""The answer of a response, not necessarily mathematical: box, <answer> tag, or last line.
 
-    The last box or tag to begin decides; if it is not closed, there is no answer. Without either, the answer is the
-    last non-blank line without a leading "####" or "the answer is".
+    The box or tag that begins last decides; if it is not closed, there is no answer. If there is neither, the answer is
+    the last non-blank line without a leading "####" or "the answer is".
     """
     opening, tag = last_opening(text), text.rfind(_OPEN)
     if tag >= 0 and (opening is None or opening.start() < tag):
@@ -86,7 +86,7 @@ def final_text(text: str) -> str | None:
 
 
 def _tail(text: str, length: int) -> str:
-    """The end of a text from white space on, so that no number is cut in two."""
+    """The end of a text, starting after white space so that no number is cut in two."""
     if len(text) <= length:
         return text
     space = _SPACE.search(text, len(text) - length)
@@ -134,7 +134,7 @@ def _bare(text: str) -> str:
 
 
 LONGEST = 10_000
-"""The most characters in a box or tag; a longer one gives no answer."""
+"""The maximum number of characters in a box or tag; a longer one gives no answer."""
 _MACROS = (r"\boxed", r"\fbox")
 _OPENING = re.compile(r"\\(?:boxed|fbox)\s*(?:\{|(?P<token>[0-9])(?![0-9A-Za-z]|[.,/^_]\s*[0-9{])|(?P<end>\Z))")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
@@ -145,9 +145,8 @@ def last_boxed(text: str) -> str | None:
 
     Braces are matched as in TeX: nested ones count, escaped ones (\{ and \}) do not, and a macro before a single digit
     (\boxed 5) boxes that digit. Only the last box counts. If its brace is not closed within `LONGEST` characters, as in
-    a truncated response, there is no answer, whatever an earlier box holds. Of nested boxes the innermost counts. The
-    search starts at the end of the text, so the time is at worst linear in its length, and short if the box is near
-    the end.
+    a truncated response, there is no answer, whatever an earlier box holds. Of nested boxes, the innermost counts. The
+    search starts at the end of the text, so it takes linear time at worst and is fast if the box is near the end.
 
     Returns:
         The content without surrounding white space (it may be empty), or None if there is no complete box.
@@ -169,8 +168,8 @@ def last_boxed(text: str) -> str | None:
 
 
 def last_opening(text: str) -> re.Match[str] | None:
-    """The beginning of the last box: the macro and its brace, or its digit, or the end of a text truncated there."""
-    # One position for each macro, so that neither search passes over the same text twice.
+    """The beginning of the last box: the macro with its brace or digit, or with the end of a truncated text."""
+    # One position for each macro, so that neither search reads the same text twice.
     positions = [text.rfind(macro) for macro in _MACROS]
     while (last := max(positions)) >= 0:
         opening = _OPENING.match(text, last)

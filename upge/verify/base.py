@@ -1,4 +1,4 @@
-"""Verifiers: their base class, how one is found by name, and the inputs and outputs of a `VerifierPool`."""
+"""Verifiers: their base class, loading by name, and the inputs and outputs of a `VerifierPool`."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from upge.verify.answers import final_text
 from upge.verify.declared import Declared
 
 LONGEST_ANSWER = 1000
-"""The most characters of an answer that is parsed as mathematics; a longer one can only match exactly."""
+"""The maximum number of characters of an answer that is parsed as mathematics; a longer one can only match exactly."""
 
 
 MOST_WORKERS, LONGEST_TIME, MOST_MEMORY = 1024, 86_400.0, 4096.0
 """Upper bounds of a pool's settings: processes, seconds per answer, GiB per answer."""
 WORKERS_PER_CORE = 32
-"""Processes of a pool for each core of the machine, at most."""
+"""The maximum number of processes of a pool per core of the machine."""
 
 
 class VerifierError(UserError, RuntimeError):
-    """Verifiers that cannot run, or that fail on most responses."""
+    """Verifiers cannot run, or fail on too many responses."""
 
 
 class AnswerVerifier(ABC):
@@ -41,7 +41,7 @@ class AnswerVerifier(ABC):
         return final_text(response)
 
     def glance(self, given: str, answer: str, prompt: str | None = None) -> float | None:
-        """The reward of an extracted answer if it is known at once, else None, the default."""
+        """The reward of an extracted answer if it is known at once, else None; by default None."""
         return None
 
     def judge(self, given: str, answer: str, prompt: str | None = None) -> float:
@@ -50,17 +50,17 @@ class AnswerVerifier(ABC):
 
     @abstractmethod
     def check_answer(self, answer: str) -> None:
-        """Refuses a ground truth with which no answer can be compared.
+        """Refuses a ground truth that no answer can be compared with.
 
         Raises:
-            ValueError: `answer` is such a ground truth.
+            ValueError: no answer can be compared with `answer`.
         """
 
     def warm_up(self) -> None:
         """Imports and caches what `judge` needs. Called once, before worker processes are forked."""
 
     def __call__(self, response: str, answer: str, prompt: str | None = None) -> float:
-        """The reward, in [0, 1]; 0 for a response without an answer, or with one on which `judge` fails."""
+        """The reward in [0, 1]; 0 if the response has no answer, or if `judge` fails on it."""
         given = self.extract(response)
         if not given:
             return 0.0
@@ -71,12 +71,12 @@ class AnswerVerifier(ABC):
             return self.judge(given, answer, prompt)
         except ImportError:
             raise
-        except Exception:  # caused by the answer: the ground truth has passed check_answer
+        except Exception:  # the answer is the cause, because the ground truth has passed check_answer
             return 0.0
 
 
 def shown(answer: str) -> str:
-    """A ground truth as it appears in messages, at most 200 characters of it."""
+    """A ground truth for messages, with at most 200 of its characters."""
     return repr(answer if len(answer) <= 200 else answer[:200] + "...")
 
 
@@ -97,11 +97,11 @@ Verifier = Callable[..., Any]
 def load(name: str) -> Verifier:
     """The verifier called `name`: a key of `BUILT_IN`, or the dotted path of a callable in any importable module.
 
-    The callable takes (response, answer, prompt), or what it asks for by name, and returns a number in its range
-    (`Declared`). A class is instantiated without arguments, and its instance is the verifier.
+    The callable takes (response, answer, prompt), or some of the arguments in `declared.ARGUMENTS` by name, and returns
+    a number in its range (`Declared`). A class is instantiated without arguments, and its instance is the verifier.
 
     Raises:
-        ConfigError: there is nothing of that name, or it is not such a callable.
+        ConfigError: nothing has that name, or it is not such a callable.
     """
     verifier = find(name)
     if inspect.isclass(verifier):
@@ -152,16 +152,16 @@ def _refusal(name: str, what: str) -> ConfigError:
 
 
 LONGEST_EXTRACT = 1000
-"""The most characters of an extracted answer in a verdict."""
+"""The maximum number of characters of an extracted answer in a verdict."""
 
 
 class Member(NamedTuple):
     """A response's place among those to the same prompt, for verifiers that compare them.
 
     Attributes:
-        group: identifies the group; responses are compared with those of an equal value.
-        size: number of responses of the group. It is verified as soon as all of them are submitted.
-        place: of the response, from 0; the verifier gets the responses in this order.
+        group: identifies the group: responses with equal values are compared.
+        size: the number of responses in the group, which is verified as soon as all of them are submitted.
+        place: the response's place, from 0; the verifier gets the responses in this order.
     """
 
     group: object
@@ -176,11 +176,11 @@ class Item(NamedTuple):
         response: the text that a model wrote.
         answer: the ground truth, in the form that the verifier reads.
         prompt: the prompt of the response; some verifiers read it.
-        verifier: the name of one of the pool's verifiers; None means the pool's first.
+        verifier: the name of one of the pool's verifiers; None = the pool's first.
         row: the problem's row in its data set, by column.
-        tokens: the length of the response.
-        is_truncated: whether the response was cut at the length limit.
-        member: the response's group; None means that it is the only response.
+        tokens: the length of the response in tokens.
+        is_truncated: whether the response was cut off at the length limit.
+        member: the response's place in its group; None = it is the only response.
     """
 
     response: str
@@ -194,7 +194,7 @@ class Item(NamedTuple):
 
 
 class NamedReward(NamedTuple):
-    """The own reward of one verifier of a reward, without its weight in the sum."""
+    """The reward of one verifier in a sum, before it is multiplied by its weight."""
 
     name: str
     reward: float
@@ -206,13 +206,13 @@ class Verdict:
     """The result of verifying one item.
 
     Attributes:
-        reward: in the range that the verifier declares, by default [0, 1].
+        reward: the reward, in the range that the verifier declares, by default [0, 1].
         status: "ok", "timeout" or "error"; for the last two the reward is the smallest of the range.
         detail: the reason for a timeout or an error.
         extracted: the answer that the verifier read in the response, at most `LONGEST_EXTRACT` characters; None if it
             found none or does not report it.
-        traceback: of the exception in the verifier; empty if there was none.
-        rewards: for a sum of verifiers, the own reward of each; empty for one verifier.
+        traceback: the traceback of the exception in the verifier; empty if there was none.
+        rewards: for a sum of verifiers, the individual reward of each; empty for one verifier.
     """
 
     reward: float
@@ -223,7 +223,7 @@ class Verdict:
     rewards: tuple[NamedReward, ...] = ()
 
     def reward_of(self, name: str) -> float:
-        """The own reward of the verifier with this name in a sum; else, and for an empty name, `reward`."""
+        """The individual reward with this name in a sum; `reward` if there is none, as for an empty name."""
         return next((one.reward for one in self.rewards if one.name == name), self.reward)
 
     @property
@@ -233,10 +233,10 @@ class Verdict:
 
 
 def checked(item: Item) -> Item:
-    """`item`, after a check that its parts are texts.
+    """Returns `item` after checking the types of its fields.
 
     Raises:
-        TypeError: `item` is not (text, text, text or None, text or None).
+        TypeError: a field of `item` has another type.
     """
     parts = tuple(item)
     if 2 <= len(parts) <= len(Item._fields) and all(isinstance(part, str) for part in parts[:2]):
@@ -249,12 +249,12 @@ def checked(item: Item) -> Item:
 
 
 def as_json(values: Mapping[str, Any]) -> str:
-    """Values of an item as JSON. Dates and other values that JSON lacks become texts."""
+    """Values of an item as JSON. Dates and other values that JSON does not have become strings."""
     return json.dumps(values, default=str)
 
 
 def printable(text: str) -> str:
-    """A verifier's text for a terminal or a file: other characters than printable ones and line breaks are escaped."""
+    """A verifier's text for a terminal or a file, with all but printable characters and line breaks escaped."""
     if text.isascii() and text.replace("\n", "").isprintable():
         return text
     escaped = (c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode("ascii") for c in text)
@@ -262,7 +262,7 @@ def printable(text: str) -> str:
 
 
 def shortened(extracted: str | None) -> str | None:
-    """An extracted answer as a verdict holds it: at most `LONGEST_EXTRACT` characters that UTF-8 can encode."""
+    """An extracted answer for a verdict: at most `LONGEST_EXTRACT` characters, and encodable in UTF-8."""
     if extracted is None:
         return None
     return extracted[:LONGEST_EXTRACT].encode("utf-8", "backslashreplace").decode("utf-8")

@@ -1,4 +1,4 @@
-"""The verifiers of answers to multiple-choice questions, of texts that a regular expression describes, and of boxes."""
+"""Verifiers for multiple-choice questions, for answers that match a regular expression, and for boxes."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def named(given: str, prompt: str | None = None) -> str:
 
 
 def _names_another(label: str, rest: str, options: dict[str, str]) -> bool:
-    """Whether the rest of an answer, without the text of the label's own option, names another option."""
+    """Whether the rest of an answer names another option, apart from the text of the label's own option."""
     if options.get(label):
         rest = re.sub(rf"^[\s:(\u2013\u2014-]*{re.escape(options[label])}(?!\w)", "", rest, flags=re.IGNORECASE)
     if any(next(filter(None, other.groups())) != label for other in _OTHER.finditer(rest)):
@@ -105,7 +105,7 @@ def _label(answer: str) -> str:
 
 @functools.lru_cache(maxsize=256)
 def _options(prompt: str) -> dict[str, str]:
-    """Label → text of the options that a prompt lists, if there are at least two; the last one of a repeated label."""
+    """Label → text of the options that a prompt lists; the last text of a repeated label; empty below two options."""
     options = {line[1] or line[2]: _words(line[3]) for line in _OPTION.finditer(prompt)}
     return options if len(options) > 1 else {}
 
@@ -121,8 +121,8 @@ def _words(text: str) -> str:
 class RegexVerifier(AnswerVerifier):
     """Reward 1 if the whole final answer (`final_text`) matches the ground truth, a pattern of Python's `re`, else 0.
 
-    Matching is case-sensitive unless the pattern begins with (?i). If a pattern backtracks for too long, the answer
-    runs into the time limit of the pool.
+    Matching is case-sensitive unless the pattern begins with (?i). If matching backtracks for too long, the answer hits
+    the pool's time limit.
     """
 
     def judge(self, given: str, answer: str, prompt: str | None = None) -> float:
@@ -146,7 +146,7 @@ class RegexVerifier(AnswerVerifier):
 
 
 class BoxedVerifier(AnswerVerifier):
-    r"""Reward 1 if the last `\boxed{...}` of the response has content, whatever it is, else 0: a reward of the format.
+    r"""Reward 1 if the last `\boxed{...}` of the response has any content, else 0: a format reward.
 
     It accepts any ground truth.
     """

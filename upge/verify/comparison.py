@@ -1,4 +1,4 @@
-"""Whether two answers are the same: within each kind, and across kinds by the bridges of a table."""
+"""Whether two answers are the same: within each kind, and across kinds by the table `BRIDGES`."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Holds = Callable[[Any, Any], bool]  # (ground truth, answer), each of the kind t
 
 
 def same(gold: Answer, given: Answer) -> bool:
-    """Whether an answer is the ground truth, in whatever form."""
+    """Whether an answer equals the ground truth, in whatever form."""
     if type(gold) is type(given):
         return _WITHIN[type(gold)](gold, given)
     for first, second, holds, is_mutual, _, _ in BRIDGES:
@@ -68,7 +68,7 @@ def _times(scalar: Scalar, factor: str) -> Scalar:
 
 _ZERO = Scalar("0")
 _SIGNS = {"is_percent": r"\frac{1}{100}", "is_degrees": r"\frac{(\pi )}{180}"}
-"""Signs after a number, which are units, or these factors."""
+"""Signs after a number, each of which may be a unit or this factor."""
 
 
 def _difference(sides: Sequence[Scalar]) -> Parsed:
@@ -193,11 +193,11 @@ _WITHIN: dict[type, Holds] = {
 
 
 def _solved(named: Named, equation: Equation) -> bool:
-    """Whether an equation says the same as a named value, or has it as the only solution."""
+    """Whether an equation is equivalent to a named value, or has it as the only solution."""
     if named.left is None or not isinstance(named.value, Scalar) or len(equation.sides) != 2:
         return False
     letter, difference = _parsed(named.left), _difference(equation.sides)
-    if len(difference.free_symbols) < 2:  # to solve it was the question
+    if len(difference.free_symbols) < 2:  # the question was to solve the equation
         return False
     if ratio_of(_difference((named.left, named.value)), difference):
         return True
@@ -260,7 +260,7 @@ BRIDGES: tuple[tuple[type, type, Holds, bool, str, str], ...] = (
     (Named, object, lambda gold, given: same(gold.value, given), False, "`x=5` ← `5`",
      "the question names the unknown"),
     (Scalar, Equation, _identity, True, "`8` ← `3+5=8`",
-     "every side has the value, and no letter that it has not; `2x=8` is a question"),
+     "every side has the value and no other letters; `2x=8` is a question"),
     (Reals, Bracket, _as_reals, True, "`1<x<2` ← `(1,2)`", "an interval and its inequalities"),
     (Reals, Set, _as_reals, True, r"`\{1,2\}` ← `\{1\}\cup\{2\}`", "numbers are a union of points"),
     (Reals, Several, _listed_union, False, r"`x<1 or x>2` ← `(-\infty,1), (2,\infty)`", "the parts of a union, listed"),
@@ -276,5 +276,5 @@ BRIDGES: tuple[tuple[type, type, Holds, bool, str, str], ...] = (
      "the question names the base"),
     (Clock, Ratio, _time, True, "`2:30 pm` ← `2:30`", "a time of day without its half"),
 )  # fmt: skip
-"""Kinds that may be the same: (kind, other kind, whether two of them are the same, whether either may be the ground
-truth or only the first, an example, the reason). The first row that fits decides."""
+"""Pairs of kinds whose answers may be the same: (kind, other kind, function that compares two of them, whether either
+or only the first may be the ground truth, example, reason). The first row that fits decides."""

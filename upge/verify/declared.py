@@ -1,4 +1,4 @@
-"""What a verifier declares: the arguments that it asks for by name, and the range of its rewards."""
+"""What a verifier declares: the arguments that it takes by name, and the range of its rewards."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 ARGUMENTS = ("response", "answer", "prompt", "row", "tokens", "is_truncated")
-"""What a verifier may ask for by name."""
+"""The arguments that a verifier may take by name."""
 GROUP_ARGUMENTS = ("responses", *ARGUMENTS[1:])
-"""What a verifier may ask for that compares the responses to one prompt."""
+"""The arguments that a verifier may take by name if it compares the responses to one prompt."""
 _NEW = {"responses", "row", "tokens", "is_truncated"}
-"""Names that no verifier uses that is called as (response, answer, prompt) by position."""
+"""Names that a verifier called as (response, answer, prompt) by position does not use."""
 
-Verifier = Any  # a verifier of the user, of which nothing is known
+Verifier = Any  # a user's verifier, of any type
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Declared:
     """What a verifier declares.
 
     Attributes:
-        asks: the names of the arguments that it gets; empty = it is called as (response, answer, prompt) by position.
+        asks: the arguments that it takes by name; empty = it is called as (response, answer, prompt) by position.
         minimum, maximum: the range of its rewards.
     """
 
@@ -36,8 +36,8 @@ class Declared:
         """The declarations of a callable: the names of its parameters, and its attributes `minimum` and `maximum`.
 
         Raises:
-            ValueError: it cannot be called with what a verifier gets, or its range is none. The message says what is
-                wrong with it, after "it".
+            ValueError: it cannot be called with the arguments of a verifier, or its range is invalid. The message is a
+                clause whose subject is the verifier.
         """
         minimum, maximum = getattr(verifier, "minimum", 0.0), getattr(verifier, "maximum", 1.0)
         numbers = [isinstance(n, (int, float)) and math.isfinite(n) for n in (minimum, maximum)]
@@ -49,16 +49,16 @@ class Declared:
 
     @property
     def compares(self) -> bool:
-        """Whether it gets all responses to a prompt at once and returns a list of rewards."""
+        """Whether the verifier gets all responses to a prompt at once and returns a list of rewards."""
         return "responses" in self.asks
 
     @property
     def needs_answer(self) -> bool:
-        """Whether it gets the ground truth."""
+        """Whether the verifier gets the ground truth."""
         return not self.asks or "answer" in self.asks
 
     def call(self, verifier: Verifier, values: dict[str, Any]) -> object:
-        """What the verifier returns for the values of `ARGUMENTS` or `GROUP_ARGUMENTS`; it gets those it asks for."""
+        """Calls the verifier with those of the `values` (of `ARGUMENTS` or `GROUP_ARGUMENTS`) that it takes."""
         if not self.asks:
             return verifier(values["response"], values["answer"], values["prompt"])
         return verifier(**{name: values[name] for name in self.asks})

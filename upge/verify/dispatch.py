@@ -19,12 +19,12 @@ from upge.verify.messages import Message, ProtocolError
 from upge.verify.processes import START_LIMIT, Settings, Task, Team, Worker
 
 Outcome = Verdict | tuple[Verdict, ...]
-"""The verdict on a task, or the verdicts on the responses that its verifier compares."""
+"""The verdict on a task; if its verifier compares responses, the verdicts on all of them."""
 
 START_ATTEMPTS = 3
-"""Consecutive times that each worker may die before it has started an item."""
+"""How many times in a row, per worker, workers may die before they start an item."""
 CLOSING = 15.0
-"""Seconds that `close` waits until the thread has ended its processes."""
+"""The maximum number of seconds that `close` waits for the thread to end its processes."""
 
 
 @dataclass(eq=False)
@@ -41,12 +41,12 @@ class Job:
 
 
 class Dispatcher:
-    """Passes tasks to the workers and their verdicts to futures, in a thread of its own.
+    """Passes tasks to the workers and their verdicts to futures, in a separate thread.
 
     Only that thread uses the processes and the jobs. Callers put tasks into an inbox and wake the thread. This takes no
-    lock, so neither an interrupted caller nor a pool that is garbage-collected at any moment can leave one locked. The
+    lock, so neither an interrupted caller nor a pool that is garbage-collected at any moment can leave a lock held. The
     thread is a daemon. `close` ends it; `VerifierPool` calls `close` when it is collected or the interpreter exits. A
-    fork of the process does not have the thread: there, `submit` raises and `close` does nothing.
+    fork of the process does not have the thread, so `submit` raises an error there and `close` does nothing.
 
     Raises:
         OSError: processes cannot be started.
@@ -118,7 +118,7 @@ class Dispatcher:
         if threading.current_thread() is not self._thread:
             self._thread.join(CLOSING)
 
-    # --- in the dispatcher's own thread ---
+    # --- in the dispatcher's thread ---
 
     def _run(self) -> None:
         try:
@@ -213,7 +213,7 @@ class Dispatcher:
         """Handles one message of a worker.
 
         Raises:
-            ProtocolError: it is not the worker's turn to send it. What executes a response may write to the socket.
+            ProtocolError: the message is out of turn. Code that a response contains may write to the socket.
             VerifierError: a verifier cannot be loaded.
         """
         match message:
@@ -235,7 +235,7 @@ class Dispatcher:
                 raise ProtocolError("a message out of turn")
 
     def _outcome(self, task: Task, message: Message) -> Outcome:
-        """What a worker has sent about a task; raises ProtocolError if it is no outcome."""
+        """The outcome of a task from a worker's message; raises ProtocolError if it is not one."""
         low, high = self._ranges.get(task.verifier, (0.0, 1.0))
         match message:
             case [list(rewards), "ok" | "error" as status, str(detail), extracted, str(trace), float(seconds)] if (
@@ -243,7 +243,7 @@ class Dispatcher:
                 and all(isinstance(reward, int | float) and low <= reward <= high for reward in rewards)
                 and isinstance(extracted, str | None)
             ):
-                # This thread may have read the message late. The worker knows how long the item took.
+                # The worker measures the time, because this thread may read the message late.
                 if seconds > self._time_limit:
                     return self._timeout(task)
                 if status == "error":
@@ -253,19 +253,19 @@ class Dispatcher:
         raise ProtocolError("something other than a verdict")
 
     def _failed(self, task: Task, status: str, detail: str, extracted: str | None = None, trace: str = "") -> Outcome:
-        """The outcome without a reward: the smallest one stands in its place, so that a failure never pays."""
+        """The outcome of a failure. Its reward is the smallest, so that failures are never rewarded."""
         low, _ = self._ranges.get(task.verifier, (0.0, 1.0))
         verdict = Verdict(low, status, detail, extracted, trace)
         return (verdict,) * task.responses if task.responses else verdict
 
     def _bury(self, worker: Worker, reason: str = "") -> None:
-        """Replaces a worker that has died or has to.
+        """Replaces a worker that has died or must be killed.
 
-        An item that it had started ends in an error, another is queued again.
+        If it had started its item, the item ends in an error; otherwise the item is queued again.
 
         Args:
-            worker: is killed if it is alive.
-            reason: why it has to be replaced; empty if it has died.
+            worker: the worker; killed if it is alive.
+            reason: why it must be replaced; empty if it has died.
         """
         ending, words = self._team.replace(worker)
         if worker.job is not None and worker.has_started:
@@ -283,11 +283,11 @@ class Dispatcher:
         """Replaces a worker that has exceeded its deadline."""
         if worker.pid is None:
             raise VerifierError(
-                f"a verification process for {self._team.title} was not ready after {START_LIMIT:g} s; look for what "
-                "its module waits for when it is imported, or for an overloaded machine"
+                f"a verification process for {self._team.title} was not ready after {START_LIMIT:g} s; check what the "
+                "import of its module waits for, and whether the machine is overloaded"
             )
         if not worker.has_started:
-            self._bury(worker, f"the worker process did not start on an item within {START_LIMIT:g} s")
+            self._bury(worker, f"the worker process did not start an item within {START_LIMIT:g} s")
             return
         self._team.replace(worker)
         self._answer(worker.job, self._timeout(worker.job.task))

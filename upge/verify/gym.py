@@ -1,4 +1,4 @@
-"""The verifiers of reasoning-gym's own tasks."""
+"""The verifier for tasks of reasoning-gym, which calls the task's own verifier."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, cast
 from upge.verify.base import AnswerVerifier, shown
 
 _NEEDS_TUPLES = {"arc_agi", "rearc"}
-"""Tasks whose verifiers compare with tuples, which become lists in JSON."""
+"""Tasks whose verifiers compare with tuples, which JSON turns into lists."""
 
 Entry = dict[str, Any]  # Any: JSON, with metadata of each task's own form
 
@@ -18,15 +18,14 @@ Entry = dict[str, Any]  # Any: JSON, with metadata of each task's own form
 class ReasoningGymVerifier(AnswerVerifier):
     """The reward of reasoning-gym's own verifier, in [0, 1], for the final answer (`final_text`) of a response.
 
-    The ground truth is the task's entry as JSON; its metadata name the task. Many tasks give partial reward to an
-    answer that contains the right one, or that has the right format. Some tasks evaluate the answer as a Python
-    expression. A `VerifierPool` does this in a worker process with limits on time and memory, but with all of the
-    user's permissions.
+    The ground truth is the task's entry as JSON; its metadata name the task. Many tasks give a partial reward to an
+    answer that contains the right one or has the right format. Some tasks evaluate the answer as a Python expression. A
+    `VerifierPool` does this in a worker process with limits on time and memory, but with all of the user's permissions.
     """
 
     def judge(self, given: str, answer: str, prompt: str | None = None) -> float:
         entry, score = _entry(answer)
-        # Python reads the digits of every script as numbers. They are refused unless the ground truth has some.
+        # Python accepts the digits of every script. Others than 0-9 are refused unless the ground truth has some.
         if _has_foreign_digits(given) and not _has_foreign_digits(str(entry.get("answer"))):
             return 0.0
         return min(max(float(score(given, entry)), 0.0), 1.0)  # keeps NaN, which is an error
@@ -48,7 +47,7 @@ class ReasoningGymVerifier(AnswerVerifier):
             ) from error
         if reward != 1.0:
             raise ValueError(
-                f"the answer of the ground truth {shown(answer)} earns {reward:g} of reasoning-gym's own verifier; "
+                f"the answer of the ground truth {shown(answer)} earns {reward:g} from reasoning-gym's own verifier; "
                 "leave this task out: its entry cannot be represented in JSON, or the task has a defect"
             )
 
@@ -69,7 +68,7 @@ def _entry(answer: str) -> tuple[Entry, Callable[[str, Entry], float]]:
 def _scorer(name: str) -> Callable[[str, Entry], float]:
     import reasoning_gym
 
-    # The annotation of this function lacks the arguments of what it returns.
+    # The annotation of this function does not give the arguments of the function that it returns.
     return cast(Callable[[str, Entry], float], reasoning_gym.get_score_answer_fn(name))
 
 

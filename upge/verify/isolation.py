@@ -1,11 +1,11 @@
-"""What the processes of a `VerifierPool` may see and use: environment, network, memory, files, and their descendants.
+"""Limits on the processes of a `VerifierPool`: environment, network, memory, files, and their descendants.
 
-These limits contain defects and stop the obvious abuse of a verifier that executes a response. They are no sandbox:
-such code has all of the user's permissions on files and processes (docs/verification.md). Linux offers all of them;
-where the system lacks one, it is left out.
+These limits confine bugs and prevent obvious abuse of a verifier that executes a response. They are not a sandbox: such
+code has all of the user's permissions on files and processes (docs/verification.md). Linux supports all of them; on
+other systems, those that are missing are skipped.
 
-The functions use only the standard library and import nothing of `upge`, because the server calls them before it
-imports anything else. `python -IS isolation.py` exits with 0 where processes can be cut off from the network.
+The functions use only the standard library and import nothing from `upge`, because the server calls them before it
+imports anything else. `python -IS isolation.py` exits with 0 if processes can be cut off from the network.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ INHERITED = frozenset(
     "PATH HOME USER LOGNAME SHELL TERM TZ TMPDIR TEMP TMP LANG LANGUAGE VIRTUAL_ENV CONDA_PREFIX LD_LIBRARY_PATH "
     "DYLD_LIBRARY_PATH XDG_CACHE_HOME XDG_CONFIG_HOME XDG_DATA_HOME HF_HOME HF_HUB_CACHE HF_HUB_OFFLINE".split()
 )
-"""Environment variables that verifiers see; also those of `INHERITED_PATTERN`."""
+"""Environment variables that verifiers see, in addition to those that match `INHERITED_PATTERN`."""
 INHERITED_PATTERN = re.compile(r"(?:PYTHON|LC_)[A-Z0-9]+")
 FIXED = {"PYTHONHASHSEED": "0", "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-"""Environment variables that verifiers get. The fixed hash seed keeps the order in which sympy tries methods, and so
-the result of borderline cases, independent of the process."""
+"""Environment variables that are set for verifiers. The fixed hash seed makes the order in which sympy tries methods,
+and so the result of borderline cases, the same in every process."""
 FILE_BYTES = 2**30
-"""The most bytes of a file that a worker writes."""
+"""The maximum size in bytes of a file that a worker writes."""
 OPEN_FILES = 1024
-"""The most files that a worker has open."""
+"""The maximum number of files that a worker has open."""
 
 _SET_PDEATHSIG, _SET_CHILD_SUBREAPER = 1, 36  # of prctl
 _NEW_USER, _NEW_NETWORK = 0x10000000, 0x40000000  # of unshare
@@ -46,7 +46,7 @@ def environment(names: Iterable[str] = ()) -> dict[str, str]:
 
 
 def leave_network() -> bool:
-    """Moves this process, which must have a single thread, and all that it starts to a network without devices.
+    """Moves this process and all that it starts to a network without devices. It must have a single thread.
 
     Returns:
         Whether that worked. It needs Linux and either a privileged user or user namespaces.
@@ -66,12 +66,12 @@ def leave_network() -> bool:
 
 
 def can_leave_network() -> bool:
-    """Whether `leave_network` works on this machine; a process of its own tries it."""
+    """Whether `leave_network` works on this machine; a separate process tries it."""
     return subprocess.run([sys.executable, "-IS", __file__], stdin=subprocess.DEVNULL).returncode == 0
 
 
 def adopt_orphans() -> None:
-    """Makes this process the parent of all its descendants whose own parents end, in any session."""
+    """Makes this process adopt all its descendants whose own parents end, in any session."""
     _prctl(_SET_CHILD_SUBREAPER, 1)
 
 
@@ -83,7 +83,7 @@ def die_with_parent(parent: int) -> None:
 
 
 def children() -> set[int]:
-    """The ids of this process's children, ended ones included; empty where the kernel does not list them.
+    """The ids of this process's children, including ended ones; empty if the kernel does not list them.
 
     The process must have a single thread.
     """
@@ -94,11 +94,11 @@ def children() -> set[int]:
 
 
 def kill(pid: int) -> int | None:
-    """Kills a child and its process group. Returns its wait status, None if this user may not kill it.
+    """Kills a child and its process group. Returns its wait status, or None if this user may not kill it.
 
-    The id cannot have been reused, because only this function reaps.
+    The id cannot have been reused, because only this function reaps children.
     """
-    with contextlib.suppress(OSError):  # it leads no group
+    with contextlib.suppress(OSError):  # the child leads no group
         os.killpg(pid, signal.SIGKILL)
     try:
         os.kill(pid, signal.SIGKILL)
@@ -108,11 +108,11 @@ def kill(pid: int) -> int | None:
 
 
 def limit_resources(gibibytes: float | None) -> None:
-    """Limits this process and what it starts.
+    """Limits this process and those that it starts.
 
     Args:
-        gibibytes: of address space beyond the present size, so that a memory bomb fails in this process; None for no
-            limit.
+        gibibytes: the address space allowed beyond the current size [GiB], so that a memory bomb fails in this process;
+            None for no limit.
     """
     try:
         import resource
@@ -122,15 +122,15 @@ def limit_resources(gibibytes: float | None) -> None:
     _lower(resource.RLIMIT_FSIZE, FILE_BYTES)
     _lower(resource.RLIMIT_NOFILE, OPEN_FILES)
     if gibibytes is not None:
-        with contextlib.suppress(OSError):  # only Linux tells the present size
+        with contextlib.suppress(OSError):  # only Linux reports the current size
             used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
             _lower(resource.RLIMIT_AS, used + int(gibibytes * 2**30))
 
 
 def limit_cpu(seconds: int) -> None:
-    """Limits the CPU time of this process to `seconds` in all, and that of each process that it starts.
+    """Limits the total CPU time of this process, and of each process that it starts, to `seconds`.
 
-    This ends what a verifier leaves behind: the limit of its worker is the time of the clock.
+    This ends processes that a verifier leaves behind; the worker itself is limited by wall-clock time.
     """
     try:
         import resource

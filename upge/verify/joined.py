@@ -1,4 +1,4 @@
-"""Futures of verdicts that depend on others: sums of several verifiers, and groups that one verifier compares."""
+"""Futures of verdicts that depend on others: sums of verifiers, and groups whose responses one verifier compares."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Verdicts = tuple[Verdict, ...]
 
 
 def joined(parts: Sequence[Future[Verdict]], result: Callable[[Sequence[Verdict]], Verdict]) -> Future[Verdict]:
-    """A future of `result` of the verdicts of all parts. Cancelling it cancels the parts."""
+    """A future of `result`, applied to the verdicts of all parts. Cancelling it cancels the parts."""
     total: Future[Verdict] = Future()
     lock, missing = threading.Lock(), [len(parts)]
 
@@ -41,7 +41,7 @@ class Groups:
         self._waiting: dict[tuple[str, object], dict[int, tuple[Item, Future[Verdict]]]] = {}
 
     def add(self, name: str, item: Item) -> Future[Verdict]:
-        """A future of the verdict on one member. The work ends when all futures of the group are cancelled."""
+        """A future of the verdict on one member. Cancelling all futures of a group cancels its verification."""
         future: Future[Verdict] = Future()
         member = item.member or Member(object(), 1, 0)
         key = name, member.group
@@ -74,7 +74,7 @@ class Groups:
             self._waiting.pop(key, None)
 
     def cancel(self) -> None:
-        """Cancels the futures of groups that are not complete."""
+        """Cancels the futures of incomplete groups."""
         with self._lock:
             waiting = [future for members in self._waiting.values() for _, future in members.values()]
             self._waiting.clear()

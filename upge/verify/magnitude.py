@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 _MARGIN = math.log(1e6)
-"""Two sizes differ for certain if one is over a million times the other, more than rounding or a percent sign does."""
+"""Two sizes certainly differ if one is over a million times the other, which no rounding or percent sign explains."""
 _LEAST = math.log(1e-2)
 _HUGE = 1e300
 
@@ -114,7 +114,7 @@ def _factorial(number: Size) -> Size | None:
 
 
 def _binomial(above: Size, below: Size) -> Size | None:
-    """(n/k)^k ≤ C(n, k) ≤ 2^n for integers 1 ≤ k ≤ n; k·ln(n/k) is concave in k, so least at one of the bounds of k."""
+    """(n/k)^k ≤ C(n, k) ≤ 2^n for integers 1 ≤ k ≤ n; k·ln(n/k) is concave in k, so smallest at a bound of k."""
     if above.sign != 1 or below.sign != 1 or not (above.is_whole and below.is_whole) or below.high > above.low:
         return None
     low = min(_at_least(size) * (above.low - size) for size in below[:2])
@@ -122,7 +122,7 @@ def _binomial(above: Size, below: Size) -> Size | None:
 
 
 def _bounded(low: float, high: float, sign: int, is_whole: bool = False) -> Size:
-    """Bounds slightly widened against rounding. Beyond ±1e300 they are limited so that x is never taken for 0 or ∞."""
+    """Bounds slightly widened for rounding. Beyond ±1e300 they are limited so that x is never taken for 0 or ∞."""
     low, high = low - 1e-9 * abs(low) - 1e-9, high + 1e-9 * abs(high) + 1e-9
     low = min(low, _HUGE) if low > -_HUGE else -math.inf
     high = max(high, -_HUGE) if high < _HUGE else math.inf
@@ -153,7 +153,7 @@ _RULES: dict[str, Callable[..., Size | None]] = {
 
 
 def have_other_sizes(gold: Parsed, given: Parsed) -> bool:
-    """Whether the sizes of two numbers prove that they differ; numbers around 0 and below are not told apart."""
+    """Whether the sizes of two numbers prove that they differ; two sizes below 0.01 never do."""
     sizes = magnitude_of(gold), magnitude_of(given)
     if sizes[0] is None or sizes[1] is None:
         return False

@@ -1,12 +1,12 @@
 r"""The verifier of mathematical answers.
 
-It compares the normalized texts first (0.01 ms). Otherwise both are read by the grammar of `upge.verify.reading` and
-compared by `upge.verify.comparison` (about 3 ms). An answer such as i^{9^{9^9}} may run for hours: verify text from a
-model in a `VerifierPool`, which has a hard time limit.
+It first compares the normalized texts (0.01 ms). If that does not decide, `upge.verify.reading` reads both answers and
+`upge.verify.comparison` compares them (about 3 ms). An answer such as i^{9^{9^9}} may run for hours, so verify a
+model's text in a `VerifierPool`, which has a hard time limit.
 
-A verification server makes the parser faster before it forks its workers (`MathVerifier.warm_up`): it verifies the
-typical `ANSWERS`, which fills the caches of antlr and sympy in less than a second, in parallel with the caller's own
-work. Workers inherit the filled caches.
+A verification server warms up the parser before it forks its workers (`MathVerifier.warm_up`): it verifies the typical
+`ANSWERS`, which fills the caches of antlr and sympy in less than a second, in parallel with the caller's own work. The
+workers inherit the filled caches.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from upge.verify.unevaluated import bare_result, has_unevaluated_operation, is_c
 
 _RATIO = re.compile(r"([+-]?)(?:([0-9]+)/([0-9]+)|\\frac\{([+-]?[0-9]+)\}\{([0-9]+)\})")
 _TOLERANCE = Fraction(2, 10**6)
-"""Numbers that differ by more differ in the sixth decimal."""
+"""Numbers with a larger difference differ in the sixth decimal."""
 _SURD = r"[+-]?(?=[0-9\\])[0-9]*(?:\\pi|\\sqrt\{[0-9]+\})?"
 _SIMPLE = re.compile(rf"{_SURD}|[+-]?\\frac\{{{_SURD}\}}\{{{_SURD}\}}")
 """Multiples of a root or of π, and fractions of them: ground truths that are known to parse."""
@@ -47,10 +47,10 @@ class MathVerifier(AnswerVerifier):
 
     - A response without a complete box earns 0, even if its text states the right answer. (This is `math`. If there is
       no box at all, `math_last` takes the last answer in the text.)
-    - An unevaluated answer earns 0, because otherwise the policy could box the question: a sum or product of numbers if
-      the ground truth is a number or fraction (`\boxed{3+5}` for 8), a function such as sin, log, Σ, ∫ or ⌊⌋ that the
-      ground truth does not contain, or an expression that is copied from the prompt and has another form than the
-      ground truth.
+    - An unevaluated answer earns 0, because otherwise the policy could box the question. This is a sum or product of
+      numbers if the ground truth is a number or fraction (`\boxed{3+5}` for 8), a function such as sin, log, Σ, ∫ or ⌊⌋
+      that the ground truth does not contain, or an expression that is copied from the prompt and differs in form from
+      the ground truth.
     - Numbers are compared to 6 decimals, and below 0.001 to 6 significant digits.
     - A percent sign, a unit, a leading `x =` and the case of letters and words do not matter. Words such as "million"
       do.
@@ -58,7 +58,7 @@ class MathVerifier(AnswerVerifier):
       "rtol": 0.01}`.
 
     Attributes:
-        reader: finds the answer in a response: `last_boxed` or `final_answer`.
+        reader: the function that finds the answer in a response, `last_boxed` or `final_answer`.
     """
 
     reader: Callable[[str], str | None] = last_boxed
@@ -77,7 +77,7 @@ class MathVerifier(AnswerVerifier):
         """Refuses a ground truth that does not parse. Plain numbers, roots and fractions need no parser.
 
         Raises:
-            ValueError: `answer` is empty or is none of the kinds of `upge.verify.answer`.
+            ValueError: `answer` is empty or of no kind in `upge.verify.answer`.
         """
         if not all(isinstance(gold, Measured) or _is_readable(gold) for gold in accepted(answer)):
             raise ValueError(
@@ -104,9 +104,9 @@ class Measured(NamedTuple):
 
 @functools.lru_cache(maxsize=1024)
 def accepted(answer: str) -> tuple[str | Measured, ...]:
-    """The ground truths in an answer: itself, or what a JSON text holds.
+    """The accepted ground truths: `answer` itself or, if it is JSON of one of these forms, what it holds.
 
-    That is a list with texts, `["5", "1/2"]`, a measured number, `{"value": 9.81, "rtol": 0.01}`, or a list with these.
+    The forms are a list of texts, `["5", "1/2"]`, a measured number, `{"value": 9.81, "rtol": 0.01}` or a list of both.
     """
     if answer.lstrip()[:1] not in ("[", "{"):
         return (answer,)
@@ -161,13 +161,13 @@ def _is_readable(answer: str) -> bool:
 
 @functools.lru_cache(maxsize=1024)
 def _read_gold(answer: str) -> tuple[str, str, Fraction | None]:
-    """A ground truth as (normalized text, loose text, number). It is cached because a group of responses shares it."""
+    """A ground truth as (normalized text, loose text, number), cached because a group of responses shares it."""
     gold = normalize(answer)
     return gold, loose(spell(answer)), _value(gold)
 
 
 def _read(given: str, gold: str) -> str:
-    """An answer, normalized. If the ground truth is one number, also without words for what is counted."""
+    """A normalized answer. If the ground truth is one number, words for what is counted are also removed."""
     read = normalize(given)
     if not _is_plain(gold) or len(read) > LONGEST_ANSWER:
         return read
@@ -206,15 +206,15 @@ def _equal(gold: str, given: str, prompt: str | None = None) -> bool:
 
 
 def _same_pairs(gold: str, given: str) -> list[tuple[Any, Any]]:
-    """The readings of two answers that are the same."""
+    """The pairs of readings of two answers that are the same."""
     golds, givens = _readings(gold, given)
     pairs = [(a, b) for a in golds for b in givens if same(a, b)]
-    # Words are compared as they are, even where an answer could be read otherwise.
+    # If the ground truth is words, the answer's words are compared, even if the answer has another reading.
     return pairs or [(a, a) for a in golds if isinstance(a, Text) and a.words == words_of(given)]
 
 
 def _readings(gold: str, given: str) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """The readings of both answers, with one meaning of i and of words after a number for both."""
+    """The readings of both answers, with the same meaning of i and of words after a number in both."""
     has_index = bool(_INDEX_I.search(gold) or _INDEX_I.search(given))
     golds = read(gold, has_index)
     has_letters = any("variable" in str(reading) for reading in golds)

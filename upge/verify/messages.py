@@ -1,7 +1,7 @@
-"""Messages between a `VerifierPool` and its workers: JSON texts, each after its length, over a socket.
+"""Messages between a `VerifierPool` and its workers: JSON texts over a socket, each preceded by its length.
 
-A worker runs code that a response may have written. So its messages are data only, never pickled objects, their length
-is limited, and the pool's side neither blocks on a part of a message nor on a worker that does not read.
+A worker may run code from a response. So its messages are data, never pickled objects, and their length is limited. The
+pool's end blocks neither on an incomplete message nor on a worker that does not read.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from typing import Any
 
 LENGTH = struct.Struct(">Q")
-"""In front of each message: the number of its bytes."""
+"""The header of each message: its number of bytes."""
 LONGEST = 1 << 17
-"""The most bytes of a message from a worker."""
+"""The maximum number of bytes of a message from a worker."""
 _CHUNK = 1 << 16
 
 Message = list[Any]  # Any: JSON values
@@ -29,9 +29,9 @@ class Channel:
     """One end of a connection. The pool's end does not block; a worker's end does.
 
     Args:
-        connection: belongs to the channel from now on.
-        longest: the most bytes of a message that is received; None for no limit.
-        blocking: whether `send` and `receive` are used, or `post`, `flush` and `read`.
+        connection: the socket, which the channel then owns.
+        longest: the maximum number of bytes of a received message; None for no limit.
+        blocking: True to use `send` and `receive`, False to use `post`, `flush` and `read`.
     """
 
     def __init__(self, connection: socket.socket, longest: int | None = None, blocking: bool = True) -> None:
@@ -71,7 +71,7 @@ class Channel:
         return bool(self._unsent)
 
     def post(self, message: Message) -> None:
-        """Sends a message as far as the socket takes it; raises OSError if the other end is closed."""
+        """Sends as much of a message as the socket takes; raises OSError if the other end is closed."""
         self._unsent += _packed(message)
         self.flush()
 
@@ -84,7 +84,7 @@ class Channel:
             pass
 
     def read(self) -> Iterator[Message]:
-        """Takes the messages that are complete with what has arrived; possibly none.
+        """Takes the messages that have arrived completely; possibly none.
 
         Raises:
             EOFError, OSError: the other end is closed.
@@ -125,6 +125,6 @@ class Channel:
 
 
 def _packed(message: Message) -> bytes:
-    # ASCII keeps half a surrogate pair, which a model may write and UTF-8 cannot encode, as an escape.
+    # ASCII escapes lone surrogates, which a model may write and UTF-8 cannot encode.
     text = json.dumps(message, ensure_ascii=True).encode("ascii")
     return LENGTH.pack(len(text)) + text

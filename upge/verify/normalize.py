@@ -70,7 +70,7 @@ _CHARACTERS = {
     )
     for character in characters
 }
-"""Characters that stand for a LaTeX spelling."""
+"""Characters → their LaTeX spelling."""
 _GREEK = dict(
     zip(
         "αβγδεζηθκλμνξπρστφχψωΓΔΘΛΞΠΣΦΨΩ",
@@ -85,7 +85,7 @@ _RAISED, _LOWERED = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "₀₁₂₃₄₅�
 _SCRIPTS = str.maketrans(_RAISED + _LOWERED, "0123456789+-n" * 2)
 _FACE = r"\\(?:boldsymbol|mathbf|bm|mathit|mathnormal|underline|mathop|bold|bf|rm|it|sf)(?![a-zA-Z])"
 _REPLACEMENTS = (
-    # A whole answer is mathematics.
+    # The whole answer is mathematics, so these delimiters have no meaning.
     (re.compile(r"(?<!\\)(?:\$|\\[()\[\]])"), ""),
     (re.compile(r"\\[dtc]frac(?![a-zA-Z])"), r"\\frac"),
     (re.compile(r"\\(?:left|right)(?![a-zA-Z])\s*\.?"), ""),
@@ -152,7 +152,7 @@ def normalize(text: str) -> str:
 
 
 def spell(text: str) -> str:
-    r"""An answer without its typography, and with LaTeX for characters such as √, ², ≤ and full-width digits.
+    r"""An answer without its typography, with characters such as √, ², ≤ and full-width digits in LaTeX or ASCII.
 
     Removes surrounding $, \(, \boxed, \text and braces, a final full stop or comma, \left, \right, thin spaces,
     colours, bold type and white space without meaning. \dfrac becomes \frac. In a matrix, a single backslash before a
@@ -168,7 +168,7 @@ def spell(text: str) -> str:
 
 def respell(text: str) -> str:
     """The replacements of `spell` for any text. Runs of white space become one space; none is removed."""
-    # First, because the patterns below would try to match at every position of a long run.
+    # This comes first, because the patterns below would try to match at every position of a long run of spaces.
     text = re.sub(r"\s+", " ", text)
     if not text.isascii():
         text = re.sub(f"[{_RAISED}]+", lambda run: f"^{{{run[0].translate(_SCRIPTS)}}}", text.translate(_TRANSLATION))
@@ -189,7 +189,7 @@ def loose(text: str) -> str:
 
 
 def is_invisible(text: str) -> bool:
-    """Whether a text contains invisible characters: control, direction and zero-width characters, lone surrogates.
+    """Whether a text contains control, direction or zero-width characters, or lone surrogates.
 
     Verifiers refuse such answers, because they are not what they look like.
     """

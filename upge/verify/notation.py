@@ -1,9 +1,9 @@
-r"""Writes expressions in the LaTeX that latex2sympy reads as a whole.
+r"""Writes expressions in LaTeX that latex2sympy reads without guessing.
 
 An expression may be written in LaTeX, in plain text or in a mixture (`3√2`, `12pi`, `7*sin(pi*x/5)+1`,
-`\frac12\sqrt[3]x`). `write` gives each of them one spelling, in which nothing is left for the parser to guess: every
-macro and function has its arguments in braces or parentheses, every symbol is a `\variable{...}`, decimals are exact
-fractions, and the imaginary unit is `(I)`. What cannot be spelled so is `UnreadableError`.
+`\frac12\sqrt[3]x`). `write` gives all of them one unambiguous spelling: every macro and function has its arguments in
+braces or parentheses, every symbol is a `\variable{...}`, decimals are exact fractions, and the imaginary unit is
+`(I)`. For an expression that cannot be spelled this way, it raises `UnreadableError`.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ class Written(NamedTuple):
 
 
 def write(tokens: Sequence[Token], has_index_i: bool = False) -> Written:
-    """The spelling of an expression that latex2sympy reads.
+    """An expression in the spelling of this module.
 
     Args:
         tokens: the expression.
-        has_index_i: whether the letter i is an index of a sum, not the imaginary unit.
+        has_index_i: True if the letter i is the index of a sum, False if it is the imaginary unit.
 
     Raises:
         UnreadableError: the tokens are not an expression.
@@ -59,7 +59,7 @@ class _Writer:
         self.tokens = tokens
         self.has_index_i = has_index_i
         self.is_decimal = self.is_degrees = False
-        self.functions = 0  # around the current token
+        self.functions = 0  # how many functions the current token is inside
 
     def next_is(self, *texts: str) -> bool:
         return bool(self.tokens) and self.tokens[0].text in texts and self.tokens[0].kind == "symbol"
@@ -70,7 +70,7 @@ class _Writer:
         return self.tokens.pop(0)
 
     def until(self, *ends: str) -> str:
-        """The pieces up to a closing token, which is taken too."""
+        """The pieces up to a closing token, which is also taken."""
         parts: list[str] = []
         while not self.next_is(*ends) or not parts or ends == ("|",) and parts[-1].strip() in _OPERATORS - {"!"}:
             if self.next_is(r"\over", r"\choose"):
@@ -156,7 +156,7 @@ class _Writer:
         return rf"({value}\cdot 10^{{{int(exponent)}}})" if exponent else f"({value})"
 
     def fraction(self) -> tuple[str, str] | None:
-        r"""Takes the digits of `\frac{1}{2}`, `\frac12` or ` 1/2`, which make a mixed number, if these follow."""
+        r"""Takes the digits of `\frac{1}{2}`, `\frac12` or ` 1/2`, the rest of a mixed number, if these come next."""
         shape = "".join("n" if token.text.isdigit() else token.text for token in self.tokens[:7])
         for start, places in ((r"\frac{n}{n}", (2, 5, 7)), (r"\frac n", (1, 1, 2)), ("n/n", (0, 2, 3))):
             if shape.startswith(start.replace(" ", "")):
@@ -170,7 +170,7 @@ class _Writer:
         return None
 
     def letters(self, word: str) -> str:
-        """A product of symbols, the last of which may have a subscript. Four letters and more are one name."""
+        """A product of symbols, the last of which may have a subscript. Four or more letters are one name."""
         *others, last = (word,) if len(word) > 3 else word
         return "".join(self.letter(letter) for letter in others) + self.symbol(last)
 
@@ -223,7 +223,7 @@ class _Writer:
         return f"^{{{sign}{self.argument(is_whole=True)}}}"
 
     def argument(self, is_whole: bool = False) -> str:
-        """An argument in braces, or one token: of a number its first digit, unless `is_whole`."""
+        """An argument in braces, or one token; of a number only the first digit, unless `is_whole`."""
         token = self.take()
         if token.text == "{":
             return self.until("}")
@@ -242,7 +242,7 @@ class _Writer:
         return self.piece()
 
     def function(self, name: str) -> str:
-        """A function with its argument in parentheses, of `\\sin 2x` and `\\sin{2x}` too."""
+        """A function with its argument in parentheses, also for `\\sin 2x` and `\\sin{2x}`."""
         scripts = ""
         while self.next_is("^", "_"):
             mark = self.take().text

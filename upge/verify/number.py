@@ -1,4 +1,4 @@
-"""The verifier of numerical answers, which are compared exactly."""
+"""The verifier of numerical answers. It compares them exactly."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from upge.verify.normalize import is_invisible, normalize
 from upge.verify.words import CHANGES_A_NUMBER
 
 LONGEST_NUMBER = 1000
-"""The most characters of a number, and the largest exponent."""
+"""The maximum number of characters of a number, and the largest exponent."""
 
 _SIGN = r"(?P<sign>[-+]?)"
 _DIGITS = r"(?:[0-9]{1,3}(?:[, ][0-9]{3})++(?![0-9])|[0-9]++)"
@@ -43,7 +43,7 @@ class NumberVerifier(AnswerVerifier):
 
     It reads whole numbers, decimals, fractions, mixed numbers and powers of ten. Thousands separators, a currency sign,
     a leading `x =`, a percent sign and a unit without digits are ignored: 5 %, $5 and 5 cm are 5. Words such as
-    "million" count. There is no tolerance: 0.3333 is not 1/3. An answer with two numbers earns 0.
+    "million" multiply the number. There is no tolerance: 0.3333 is not 1/3. An answer with two numbers earns 0.
     """
 
     def extract(self, response: str) -> str | None:

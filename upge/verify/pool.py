@@ -43,25 +43,25 @@ class _Compared:
 
 
 Part = Task | Verdict | _Compared
-"""What one verifier of a reward has to do for an item: a worker's task, nothing, or to wait for other responses."""
+"""What is left to do for one verifier of an item: a worker's task, nothing, or waiting for other responses."""
 
 
 class VerifierPool:
     """One or more verifiers in persistent worker processes.
 
-    Use it as a context manager, or call `close`. The constructor starts the processes and does not wait for them.
+    Use it as a context manager, or call `close`. The constructor starts the processes but does not wait for them.
     `submit` and `score` may be called from any thread of the process that made the pool. The processes end with the
     program.
 
     Args:
         verifiers: names of the verifiers, see `upge.verify.load`, or sums of them such as "math + 0.2*my.style". An
             item names its verifier; the first is the default.
-        workers: number of worker processes, at most `WORKERS_PER_CORE` for each core of the machine.
+        workers: number of worker processes, at most `WORKERS_PER_CORE` per core of the machine.
         time_limit: seconds that a worker may spend on an item; time in the queue does not count. A worker that exceeds
-            the limit is killed and replaced, and one that dies is replaced. Only its own item is lost.
+            the limit or dies is replaced, and only its own item is lost.
         memory_limit: memory that a worker may use beyond what it starts with [GiB]; None for no limit.
         environment: names of environment variables that the processes see in addition to those of docs/verification.md.
-        network: whether the processes may use the network. Without it they cannot where the system allows that.
+        network: whether the processes may use the network; False blocks it, on systems where that is possible.
 
     Raises:
         ConfigError: a verifier cannot be loaded, a limit or the number of workers is out of range, or a variable of
@@ -121,10 +121,10 @@ class VerifierPool:
         """Starts the verification of an item and returns a future of its verdict.
 
         A verdict that needs no worker is available at once. Equal items that are pending at the same time are verified
-        once. `Future.cancel` works until the verdict is available, and frees the worker. The future's callbacks run in
-        the pool's thread; they may submit more items, but must not wait for them.
+        only once. `Future.cancel` works until the verdict is available, and frees the worker. The future's callbacks
+        run in the pool's thread; they may submit more items, but must not wait for them.
 
-        A verifier that compares the responses to a prompt begins when all members of the item's group are submitted.
+        A verifier that compares the responses to a prompt starts when all members of the item's group are submitted.
 
         Returns:
             The future. Its `result` raises RuntimeError if the pool's processes cannot be started, and CancelledError
@@ -138,7 +138,7 @@ class VerifierPool:
         return self._begin(*self._prepared(checked(item)))
 
     def score(self, items: Iterable[Item]) -> list[Verdict]:
-        """Verifies items and returns one verdict for each, in order. Equal items are verified once.
+        """Verifies items and returns one verdict for each, in order. Equal items are verified only once.
 
         All members of a group must be among the items.
 
@@ -186,7 +186,7 @@ class VerifierPool:
         return known
 
     def _prepared(self, item: Item) -> tuple[Reward, tuple[Part, ...]]:
-        """The item's reward, and for each of its verifiers the verdict if it needs no worker, else the task for one."""
+        """The item's reward, and for each of its verifiers a verdict or what is left to do."""
         reward = self.reward(item.verifier)
         return reward, tuple(self._part(term.name, item) for term in reward.terms)
 
@@ -208,7 +208,7 @@ class VerifierPool:
         return Verdict(reward, extracted=shortened(given))
 
     def _begin_group(self, name: str, items: Sequence[Item]) -> Future[Verdicts]:
-        """Starts the verification of responses to one prompt that a verifier compares."""
+        """Starts the verification of a group of responses to one prompt."""
         asks, first = self._declared[name].asks, items[0]
         values: dict[str, Any] = {"responses": [item.response for item in items]}
         if "row" in asks:

@@ -22,7 +22,7 @@ from upge.verify.server import COMMAND, FORK, KILL, QUIT, STATUS
 START_LIMIT = 300.0
 """Seconds within which a worker must report that it is ready, or that it has started an item."""
 TAIL = 4000
-"""The most characters of the processes' output that a message quotes."""
+"""The maximum number of characters of the processes' output that a message quotes."""
 _CHUNK, _PIPE = 1 << 16, 1 << 20
 
 
@@ -32,8 +32,8 @@ class Task(NamedTuple):
     Attributes:
         text: the response, or the answer extracted from it.
         is_extracted: whether `text` is the extracted answer.
-        more: further arguments that the verifier asks for, as JSON; empty for none.
-        responses: for a verifier that compares responses, their number; they are in `more`. Else 0.
+        more: additional arguments that the verifier takes, as JSON; empty for none.
+        responses: the number of responses in `more`, for a verifier that compares them; else 0.
     """
 
     verifier: str
@@ -47,14 +47,14 @@ class Task(NamedTuple):
 
 @dataclass(frozen=True)
 class Settings:
-    """What the processes of a pool are started with.
+    """The settings of a pool's processes.
 
     Attributes:
-        names: of the verifiers.
+        names: the names of the verifiers.
         workers: number of worker processes.
         time_limit: seconds that a worker may spend on an item.
         memory_limit: memory that a worker may use beyond what it starts with [GiB]; None for no limit.
-        environment: names of further environment variables that verifiers see.
+        environment: names of additional environment variables that verifiers see.
         network: whether verifiers may use the network.
         ranges: name → smallest and largest reward of the verifier.
     """
@@ -72,13 +72,13 @@ class Worker:
     """The parent's view of one worker.
 
     Attributes:
-        number: identifies it to the server.
-        channel: to the worker.
-        pid: its process id as it says; None until it is ready.
-        job: the job that it was given; None if it has none.
-        task_number: of that job; each task has another.
-        has_started: whether it has started on the job.
-        deadline: the time (`time.monotonic`) of its next message at the latest.
+        number: identifies the worker to the server.
+        channel: the connection to the worker.
+        pid: the process id that the worker reports; None until it is ready.
+        job: its current job; None if it has none.
+        task_number: the unique number of that job's task.
+        has_started: whether it has started the job.
+        deadline: the latest time (`time.monotonic`) of its next message.
     """
 
     def __init__(self, number: int, connection: socket.socket) -> None:
@@ -91,11 +91,11 @@ class Worker:
 
     @property
     def is_idle(self) -> bool:
-        """Whether it is ready and has no job."""
+        """Whether the worker is ready and has no job."""
         return self.pid is not None and self.job is None
 
     def expects(self, number: int) -> bool:
-        """Whether it works on the task with this number."""
+        """Whether the worker has the task with this number."""
         return self.job is not None and number == self.task_number
 
     def take_up(self, job: Any, task: Task, number: int) -> bool:
@@ -115,8 +115,8 @@ class Server:
     This is not multiprocessing's fork server, which runs the main program again in every child and whose settings apply
     to the whole process, including vLLM's use of it.
 
-    What the processes print, to either stream, is passed on to this process's standard error by `pass_on`. So a
-    verifier that prints does not fail when a reader of the standard output has left.
+    `pass_on` passes what the processes print, to either stream, on to this process's standard error. So a verifier that
+    prints does not fail when standard output is closed.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -160,28 +160,28 @@ class Server:
         return ours
 
     def kill(self, number: int) -> int:
-        """Kills a worker if it is still alive, and what it has started. Returns its wait status."""
+        """Kills a worker, if it is still alive, and all processes that it has started. Returns its wait status."""
         self._control.sendall(COMMAND.pack(KILL, number))
         status = self._control.recv(STATUS.size, socket.MSG_WAITALL)
         if len(status) < STATUS.size:
-            raise ConnectionError("the verification server has gone")
+            raise ConnectionError("the verification server has ended")
         return STATUS.unpack(status)[0]
 
     def pass_on(self) -> None:
-        """Passes what the processes have printed on to standard error, at most as much as their pipe holds at once."""
+        """Passes what the processes have printed on to standard error, at most as much as their pipe can hold."""
         for _ in range(_PIPE // _CHUNK):
             if self.output is None:
                 return
             try:
                 data = os.read(self.output, _CHUNK)
-            except BlockingIOError:  # nothing more is there
+            except BlockingIOError:  # nothing is left
                 return
-            if not data:  # all of them have closed it
+            if not data:  # all processes have closed the pipe
                 os.close(self.output)
                 self.output = None
             self._printed = (self._printed + data)[-4 * TAIL :]
             if sys.__stderr__ is not None:
-                with contextlib.suppress(OSError, ValueError):  # nobody reads it, or it is closed
+                with contextlib.suppress(OSError, ValueError):  # standard error has no reader or is closed
                     os.write(sys.__stderr__.fileno(), data)
 
     def last_words(self) -> str:
@@ -190,10 +190,10 @@ class Server:
         return f"; the end of their output:\n{text}" if text else "; they printed nothing"
 
     def stop(self, patience: float = 5.0) -> int:
-        """Ends the server, which ends its workers first. After `patience` seconds all of them are killed.
+        """Ends the server, which first ends its workers. After `patience` seconds all of them are killed.
 
         Returns:
-            Its exit code, or the negative number of the signal that ended it.
+            The server's exit code, or the negative number of the signal that ended it.
         """
         with contextlib.suppress(OSError):  # it has already ended
             self._control.sendall(COMMAND.pack(QUIT, 0))
@@ -219,7 +219,7 @@ class Team:
 
     def __init__(self, settings: Settings) -> None:
         self._settings, self._forked = settings, 0
-        # Of the last server that has ended: the number of its last worker, how it ended, what it printed last.
+        # For the last server that has ended: the number of its last worker, how it ended, and its last output.
         self._lost, self._loss = 0, ("", "")
         self._server = Server(settings)
         self.workers = [self._new_worker() for _ in range(settings.workers)]
@@ -239,10 +239,10 @@ class Team:
         self._server.pass_on()
 
     def replace(self, worker: Worker) -> tuple[str, str]:
-        """Kills `worker` in any state and starts another in its place.
+        """Kills `worker`, whatever its state, and starts another in its place.
 
         Returns:
-            How the old one ended, and the end of what the processes have printed, for messages.
+            How the old one ended, and the end of the processes' output, for messages.
         """
         try:
             if worker.number <= self._lost:
@@ -266,7 +266,7 @@ class Team:
         """Ends all processes."""
         for worker in self.workers:
             worker.channel.close()
-        # Until it has forked its first worker, the server is importing and has nothing to clean up.
+        # Until its first worker is ready, the server may still be importing and has nothing to clean up.
         self._server.stop(5.0 if any(worker.pid for worker in self.workers) else 0.1)
 
     def _new_worker(self) -> Worker:

@@ -1,7 +1,7 @@
 """The grammar of answers: reads a text as one of the kinds of `upge.verify.answer`.
 
-The structure is read here; only expressions go to the parser (`upge.verify.scalar`). A text that is none of these kinds
-as a whole has no reading.
+This module reads the structure; only expressions go to the parser (`upge.verify.scalar`). A text has no reading unless
+the whole of it is one of these kinds.
 """
 
 from __future__ import annotations
@@ -48,15 +48,15 @@ from upge.verify.words import ALL_REALS, NO_GOLD, NOTHING, Gold, is_word, withou
 
 @functools.lru_cache(maxsize=4096)
 def read(text: str, has_index_i: bool = False, gold: Gold = NO_GOLD) -> tuple[Answer, ...]:
-    """The readings of a text of `upge.verify.normalize.spell`: none, one, or two if a comma may separate thousands.
+    """The readings of a text: none, one, or two if a comma may separate thousands.
 
     Args:
-        text: the answer.
-        has_index_i: whether the letter i is an index of a sum, not the imaginary unit.
-        gold: what is known of the ground truth, if `text` is an answer.
+        text: the answer, a result of `upge.verify.normalize.spell`.
+        has_index_i: True if the letter i is the index of a sum, False if it is the imaginary unit.
+        gold: what is known of the ground truth, if `text` is not the ground truth itself.
     """
     reader, answers = _Reader(has_index_i, gold), []
-    # Within brackets, a plain comma separates thousands only where the others are followed by a space.
+    # Within brackets, a comma without a space separates thousands only if other commas are followed by a space.
     is_list = text.startswith(("(", "[", r"\{", r"\langle", r"\begin")) and ", " not in text
     for candidate in dict.fromkeys((text,) if is_list else (without_separators(text), text)):
         try:
@@ -67,7 +67,7 @@ def read(text: str, has_index_i: bool = False, gold: Gold = NO_GOLD) -> tuple[An
 
 
 def words_of(text: str) -> str:
-    """The words of a text, as `Text` has them."""
+    """The words of a text, as in `Text`."""
     return words_in(tokens_of(text))
 
 
@@ -83,13 +83,13 @@ _COLON, _COMMA = Token("symbol", ":"), Token("symbol", ",")
 
 @dataclass(frozen=True)
 class _Reader:
-    """Reads tokens, from the outermost structure inwards. Every method raises `UnreadableError`."""
+    """Reads tokens from the outermost structure inwards. Every method may raise `UnreadableError`."""
 
     has_index_i: bool
     gold: Gold
 
     def answer(self, tokens: Sequence[Token]) -> Answer:
-        """An answer or several: alternatives, which are separated by "or", of items."""
+        """One answer, or several alternatives separated by "or", each of which consists of items."""
         alternatives = [self.items(part) for part in split(tokens, "or")]
         if len(alternatives) == 1:
             return alternatives[0]
@@ -102,7 +102,10 @@ class _Reader:
         return _several(alternatives)
 
     def items(self, tokens: Sequence[Token]) -> Answer:
-        """Items between commas or "and". Inequalities of one variable hold together, unless they exclude each other."""
+        """Items separated by commas or "and".
+
+        Inequalities of one variable hold together. With commas they are alternatives if they exclude each other.
+        """
         tokens = _without_comma(tokens)
         items = [self.item(part) for part in split(tokens, ",", "and")]
         if len(items) == 1:
@@ -170,7 +173,7 @@ class _Reader:
         return self.scalar(tokens)
 
     def is_text(self, tokens: Sequence[Token]) -> bool:
-        """Whether the tokens are words, at least one of which is not a product of symbols."""
+        """Whether the tokens are words, at least one of which cannot be a product of symbols."""
         first = next((token for token in tokens if token.text != "("), None)
         if first is None or first.kind not in ("word", "text", "script"):
             return False
@@ -208,7 +211,7 @@ class _Reader:
         return self.equation(sides) if set(operators) == {"="} else self.inequality(sides, operators)
 
     def check_rounded(self, exact: Sequence[Token], rounded: Sequence[Token]) -> None:
-        """Refuses `5 \\approx 6`, where the second number is not the first one rounded to its last digit."""
+        """Refuses approximations such as `5 \\approx 6`, in which the second number is not the first one rounded."""
         if any(token.kind == "symbol" and token.text not in ("-", "$", "%", "^", r"\circ") for token in rounded):
             raise UnreadableError("an approximation is not a decimal")
         decimals = next((len(token.text.partition(".")[2]) for token in rounded[::-1] if token.kind == "number"), 0)
@@ -249,7 +252,7 @@ class _Reader:
         return relation
 
     def cases(self, tokens: Sequence[Token]) -> Answer:
-        r"""A system, whose rows hold together, or values with conditions after `&`."""
+        r"""A system, all of whose rows hold, or values with conditions after `&`."""
         rows = [split(row, "&") for row in split(tokens, r"\\") if row]
         if all(len(row) == 1 for row in rows):
             return self.items([token for (row,) in rows for token in (*_without_comma(row), _COMMA)])
@@ -318,7 +321,7 @@ def _of_absolute_value(sides: Sequence[Sequence[Token]], relation: Relation) -> 
 
 
 def _several(items: Sequence[Answer]) -> Several:
-    """Several items, those of `Several` among them one by one."""
+    """Several items, with nested `Several` flattened."""
     return Several(tuple(part for item in items for part in (item.items if isinstance(item, Several) else (item,))))
 
 

@@ -1,6 +1,6 @@
-"""A reward as a weighted sum of verifiers, such as "math + 0.2*my_rewards.is_short"; one verifier is the usual case.
+"""A reward as a weighted sum of verifiers, such as "math + 0.2*my_rewards.is_short"; usually there is one verifier.
 
-Each verifier of a sum gives a reward of its own, which has the verifier's name or that after `as`:
+The reward of each verifier in a sum has the verifier's name or the name after `as`:
 "math as correct + 0.2*boxed as format".
 """
 
@@ -26,8 +26,9 @@ class Term(NamedTuple):
     """One verifier of a sum, with its weight.
 
     Attributes:
-        name: of the verifier.
-        label: the name that the text gives to its reward; empty = that of the verifier.
+        name: the verifier's name.
+        weight: the factor of its reward.
+        label: the name after `as`; empty = the verifier's name.
     """
 
     name: str
@@ -36,12 +37,12 @@ class Term(NamedTuple):
 
     @property
     def reward(self) -> str:
-        """The name of its reward."""
+        """The name of the verifier's reward."""
         return self.label or self.name
 
 
 def terms(text: str) -> tuple[Term, ...]:
-    """The terms of a reward. A text that is no sum is the name of one verifier.
+    """The terms of a reward. A text that is not a sum is taken as the name of one verifier.
 
     Raises:
         ConfigError: a verifier or the name of a reward occurs twice, or a reward is called 'mean'.
@@ -60,7 +61,9 @@ def terms(text: str) -> tuple[Term, ...]:
         raise ConfigError(f"verify.verifier: '{text}' names '{twice}' twice; give it one weight")
     same = _repeated([term.reward for term in found])
     if same is not None:
-        raise ConfigError(f"verify.verifier: '{text}' has two rewards called '{same}'; give each its own name by `as`")
+        raise ConfigError(
+            f"verify.verifier: '{text}' has two rewards called '{same}'; give each its own name, such as 'math as ok'"
+        )
     if "mean" in [term.label for term in found]:
         raise ConfigError(
             f"verify.verifier: '{text}' calls a reward 'mean', but the metric reward/mean is that of the sum; give it "
@@ -102,12 +105,12 @@ class Reward:
 
     @property
     def asks(self) -> frozenset[str]:
-        """The arguments that any of its verifiers asks for by name."""
+        """The arguments that any of its verifiers takes by name."""
         return frozenset().union(*(self.declared[term.name].asks for term in self.terms))
 
     @property
     def is_plain(self) -> bool:
-        """Whether it is the reward of one verifier."""
+        """Whether the reward is that of one verifier with weight 1."""
         return len(self.terms) == 1 and self.terms[0].weight == 1.0
 
     @property
@@ -121,9 +124,10 @@ class Reward:
         return sum(max(self._ends(term)) for term in self.terms)
 
     def of(self, verdicts: Sequence[Verdict]) -> Verdict:
-        """The verdict of the sum, from those of its terms.
+        """The verdict of the sum, from the verdicts of its terms.
 
-        A term that failed counts as its worst case. The first failure gives status and detail, errors before timeouts.
+        A term that failed counts as its worst case. Status and detail are those of the first error, else of the first
+        timeout.
         """
         if self.is_plain:
             return verdicts[0]
@@ -149,14 +153,14 @@ class Reward:
         return self._end(False)
 
     def named(self, verdict: Verdict) -> tuple[NamedReward, ...]:
-        """The own reward of each verifier in a verdict of this reward, also if it is that of one verifier."""
+        """The individual reward of each verifier in a verdict of this reward, even if there is only one verifier."""
         return verdict.rewards or tuple(NamedReward(term.reward, verdict.reward) for term in self.terms)
 
     def deciding(self, name: str) -> Term | None:
-        """The term whose reward is `name`; the only term, whatever its name; None for an empty name, the whole sum.
+        """The term whose reward is called `name`; None if the whole reward decides (an empty name, or one verifier).
 
         Raises:
-            ConfigError: it is a sum without such a reward.
+            ConfigError: the sum has no reward with this name.
         """
         if not name or self.is_plain:
             return None
@@ -166,14 +170,14 @@ class Reward:
         known = ", ".join(term.reward for term in self.terms)
         raise ConfigError(
             f"verify.success: found '{name}', but a sum of verifiers here has the rewards {known}; give one of "
-            f"them, or name the reward that decides by `as`, such as 'math as {name} + 0.2*boxed'"
+            f"them, or name the deciding reward with `as`, as in 'math as {name} + 0.2*boxed'"
         )
 
     def _end(self, best: bool) -> Verdict:
         return self.of([Verdict(self._own(term, best)) for term in self.terms])
 
     def _own(self, term: Term, best: bool) -> float:
-        """The own reward of a term at the end of its verifier's range that makes the sum largest or smallest."""
+        """The individual reward at the end of the verifier's range that makes the sum largest (`best`) or smallest."""
         declared = self.declared[term.name]
         return declared.maximum if best == (term.weight >= 0) else declared.minimum
 

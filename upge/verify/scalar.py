@@ -1,10 +1,10 @@
 """Expressions: parsed as a whole by latex2sympy2_extended, and compared by their values.
 
-Two expressions are equal if they have equal values, to 100 digits, wherever both are defined for the same random
-numbers in place of their letters. All letters are real. If neither expression contains the imaginary unit, its parts
-are real as well (∛-8 is -2), and where one has no real value they are not compared. An expression whose value is not
-certain, because a part of it is huge, tiny, cancelled or unknown to `_rules`, is compared by sympy, which may take
-hours for an answer such as i^{9^{9^9}}: call this in a process that can be killed.
+Two expressions are equal if they have equal values, to 100 digits, at all points where both are defined. A point gives
+each letter a pseudo-random real number. If neither expression contains the imaginary unit, all parts must also be real
+(∛-8 is -2), and points where a part is not real are left out. sympy compares expressions whose value is not certain,
+because a part is huge, tiny, cancelled or unknown to `_rules`. This may take hours for an answer such as i^{9^{9^9}}:
+call it in a process that can be killed.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from upge.verify.magnitude import Parsed, have_other_sizes
 
 Value = Any  # a number of mpmath, which has no types
 _SCALES = (1.0, 5.3, 1.0, 0.29, 2.7, 11.0)
-"""At each of these points a letter gets a number between one and two times the scale."""
+"""At each of these points, a letter's number has a size between one and two times this scale."""
 _FEWEST = 2
-"""The fewest points at which two expressions with letters are compared."""
+"""The minimum number of points at which two expressions with letters are compared."""
 _DIGITS = 200
 _LARGEST, _TINIEST = 1e50, 1e-30
 """Bounds of every evaluated part: between them, `_DIGITS` digits make a value certain, and evaluation is fast."""
@@ -35,7 +35,7 @@ _ROUNDED = 5e-7
 
 @functools.cache
 def _parser() -> Any:
-    """The parser class of latex2sympy2_extended, restricted to whole expressions and without its guesses.
+    """The parser class of latex2sympy2_extended, restricted to whole expressions and without its heuristics.
 
     It selects antlr's SLL prediction, which is faster and "will either return a correct parse tree (i.e. the same parse
     tree that would be returned with the LL prediction mode), or it will report a syntax error" (PredictionMode). Only
@@ -73,12 +73,12 @@ def _parser() -> Any:
 
 @functools.lru_cache(maxsize=4096)
 def expression(latex: str) -> Parsed | None:
-    """The sympy expression that a text of `upge.verify.notation.write` stands for; None if it is not an expression."""
+    """The sympy expression of a text from `upge.verify.notation.write`; None if it is not an expression."""
     from sympy import Expr
 
     try:
         parsed = _parser()().parse(latex)
-    except Exception:  # what antlr or sympy refuse
+    except Exception:  # antlr or sympy refuse the text
         return None
     return parsed if isinstance(parsed, Expr) and not parsed.has(*_undefined()) else None
 
@@ -108,7 +108,7 @@ def are_equal(gold: Parsed, given: Parsed, is_decimal: bool = False) -> bool:
 
 
 def ratio_of(gold: Parsed, given: Parsed) -> Value | None:
-    """The constant c with given = c·gold at every point; None if there is none or it is not certain."""
+    """The constant c with given = c·gold at every point; None if there is no such constant or it is not certain."""
     pairs = _value_pairs(gold, given, has_imaginary_unit(gold) or has_imaginary_unit(given))
     ratios = [given / gold for gold, given in pairs or () if gold and given]
     if not pairs or len(ratios) < min(len(pairs), _FEWEST) or not ratios:
@@ -138,7 +138,7 @@ def has_imaginary_unit(parsed: Parsed) -> bool:
 def _equal_by_value(gold: Parsed, given: Parsed, is_decimal: bool) -> bool | None:
     is_complex = has_imaginary_unit(gold) or has_imaginary_unit(given)
     pairs = _value_pairs(gold, given, is_complex)
-    if pairs == [] and not is_complex:  # nowhere real
+    if pairs == [] and not is_complex:  # not real at any point
         is_complex, pairs = True, _value_pairs(gold, given, True)
     if not pairs:
         return None
@@ -147,7 +147,7 @@ def _equal_by_value(gold: Parsed, given: Parsed, is_decimal: bool) -> bool | Non
         return _equal_rounded(*pairs[0])
     same = [_are_close(a, b) for a, b in pairs]
     if is_complex and letters and True in same and False in same:
-        return None  # on different branches of a root
+        return None  # they may be on different branches of a root
     if False in same:
         return False
     return True if not letters or len(same) >= _FEWEST else None
@@ -175,7 +175,7 @@ def _equal_by_sympy(gold: Parsed, given: Parsed, is_decimal: bool) -> bool:
         return bool(difference.is_zero)
     if is_decimal:
         return _equal_rounded(*(complex(part.evalf(30)) for part in (gold, given)))
-    # Relative, because 1/2004! is not 1/2006!. sympy evaluates a difference to the digits that are asked for.
+    # Relative, because 1/2004! is not 1/2006!. sympy evaluates a difference to the requested number of digits.
     return difference.is_zero is None and bool(abs(difference.evalf(30)) <= 1e-30 * abs(gold.evalf(30)))
 
 
@@ -209,12 +209,12 @@ def _value_at(parsed: Parsed, point: int, is_real: bool) -> Value | str:
         return _value(parsed, point, is_real)
     except _UndefinedError:
         return "undefined"
-    except Exception:  # what mpmath cannot evaluate is not certain
+    except Exception:  # mpmath cannot evaluate it, so the value is not certain
         return "uncertain"
 
 
 def _value(parsed: Parsed, point: int, is_real: bool) -> Value:
-    """The value of an expression, from the innermost parts outwards, so that a part that is too large ends it early."""
+    """The value of an expression, computed from the inside out so that a part that is too large ends it early."""
     name = type(parsed).__name__
     rule = _rules().get(name)
     if rule is None:
@@ -243,7 +243,7 @@ def _real_power(base: Value, exponent: Parsed) -> Value:
 
 
 def _number(letter: Parsed, point: int, is_real: bool) -> float:
-    """The number for a letter, which depends on its name only. Some are negative, unless a root's branch matters."""
+    """The number for a letter at a point; it depends only on the letter's name. Some are negative if `is_real`."""
     code = zlib.crc32(letter.name.encode())
     is_negative = is_real and (point == 2 or point > 2 and code >> point & 1)
     return (-1.0 if is_negative else 1.0) * _SCALES[point] * (1.0 + code / 2**32)
@@ -251,7 +251,7 @@ def _number(letter: Parsed, point: int, is_real: bool) -> float:
 
 @functools.cache
 def _rules() -> dict[str, Callable[..., Value]]:
-    """Class name of an expression → function of its parts' values, or of itself, the point and whether all is real."""
+    """Class name → the value as a function of the parts' values or, without parts, of (expression, point, is_real)."""
     import mpmath
 
     exact = mpmath.MPContext()  # not the shared context, whose precision sympy changes
@@ -264,7 +264,7 @@ def _rules() -> dict[str, Callable[..., Value]]:
         return value
 
     def off_branch_cut(value: Value) -> Value:
-        """`value`, if it is certain on which side of the branch cut of roots and logarithms it lies."""
+        """Returns `value` if it is certain on which side of the branch cut of roots and logarithms it lies."""
         if value.real < 0 and 0 < abs(value.imag) <= _CANCELLED * abs(value):
             raise _UncertainError
         return value
@@ -278,7 +278,7 @@ def _rules() -> dict[str, Callable[..., Value]]:
         return exact.binomial(above, below)
 
     def whole(value: Value) -> Value:
-        """`value`, if it is certain between which integers it lies."""
+        """Returns `value` if it is certain between which integers it lies."""
         if value.imag or abs(value - exact.nint(value)) < _CANCELLED:
             raise _UncertainError
         return value

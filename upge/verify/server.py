@@ -1,10 +1,10 @@
 """The process behind a `VerifierPool` that imports the verifiers and forks workers. It never runs a verifier itself.
 
-It stays single-threaded. So a worker starts in milliseconds with everything imported, also one that replaces a killed
-worker.
+It stays single-threaded, so that it can fork safely. A worker, also one that replaces a killed worker, starts in
+milliseconds with everything imported.
 
-Protocol: the parent sends a `COMMAND` and a number: FORK with a socket (fork a worker with this number, which uses the
-socket), KILL (the server replies with the worker's wait status), or QUIT.
+Protocol: the parent sends a `COMMAND`, which holds a letter and the worker's number: FORK with a socket (fork a worker
+that uses the socket), KILL (the server replies with the worker's wait status), or QUIT.
 """
 
 from __future__ import annotations
@@ -31,26 +31,26 @@ def serve(setup: Setup) -> NoReturn:
     """Serves one pool until the pool's process ends or closes the connection.
 
     Args:
-        setup: JSON as `processes.Server` writes it: descriptor of the connection, id of the parent, import path, names
-            of the verifiers and of the built-in ones, memory limit [GiB], time limit [s], and whether verifiers have a
-            network.
+        setup: the JSON that `processes.Server` writes: descriptor of the connection, id of the parent, import path,
+            names of the verifiers and of the built-in ones, memory limit [GiB], time limit [s], and whether verifiers
+            may use the network.
     """
     control = socket.socket(fileno=setup["fd"])
     control.set_inheritable(False)
     if not setup["network"]:
-        isolation.leave_network()  # before an import starts a thread
+        isolation.leave_network()  # before an import can start a thread
     isolation.adopt_orphans()
     for name in setup["names"]:
         with contextlib.suppress(BaseException):  # every worker raises the same error and reports it
-            # Only import it: each worker makes an instance of its own, because an instance may open files or sockets.
+            # Only import it: each worker makes its own instance, because an instance may open files or sockets.
             base.find(name)
     for name in setup["built_in"]:
         with contextlib.suppress(BaseException):
-            verifier: Any = base.load(name)  # an AnswerVerifier, perhaps of another import of its module
+            verifier: Any = base.load(name)  # an AnswerVerifier, possibly from another import of its module
             verifier.warm_up()
     gc.freeze()
     workers: dict[int, int] = {}  # number → process id
-    helpers = isolation.children()  # that an import has started
+    helpers = isolation.children()  # processes that an import has started
     try:
         while _serve_one(control, setup, workers, helpers):
             pass
@@ -90,9 +90,9 @@ def _serve_one(control: socket.socket, setup: Setup, workers: dict[int, int], he
 
 
 def _end_orphans(others: set[int]) -> None:
-    """Kills this process's children but for `others`: what ended workers have left, in whatever session.
+    """Kills this process's children except `others`. These are what ended workers have left behind, in any session.
 
-    A living worker is itself the parent of the orphans among its descendants.
+    A living worker itself adopts the orphans among its descendants.
     """
     others = set(others)
     while orphans := isolation.children() - others:

@@ -1,7 +1,7 @@
 """The script that `processes.Server` starts: it prepares the process, imports `upge.verify.server` and serves a pool.
 
-Server and workers import neither the main program of the parent nor torch, and, if all verifiers are built in, not
-`upge` itself.
+Server and workers import neither the parent's main program nor torch. If all verifiers are built in, they do not import
+`upge` itself either.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def forget_package() -> None:
 
 def main() -> None:
     """Serves the pool that the first argument describes (`processes.Server`)."""
-    # Launchers send these to the whole process group. The parent handles them, after it has finished its step.
+    # Launchers send these signals to the whole process group. The parent handles them after it has finished its step.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)

@@ -1,4 +1,4 @@
-"""Splits an answer into tokens, with one name for each spelling of a symbol, and at separators outside brackets."""
+"""Splits an answer into tokens, with one name for all spellings of a symbol, and splits tokens at separators."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Token(NamedTuple):
     """A part of an answer.
 
     Attributes:
-        kind: "number", "word", "text" (of a \\text), "script" (Chinese or Japanese) or "symbol".
-        text: as in `_ALIASES` and `NAMES`; of a \\text, its content.
+        kind: "number", "word", "text" (from a \\text), "script" (Chinese or Japanese) or "symbol".
+        text: the spelling after `_ALIASES` and `NAMES`; for a \\text, its content.
         is_spaced: whether white space precedes it.
     """
 
@@ -131,9 +131,9 @@ def tokens_of(text: str) -> tuple[Token, ...]:
 
 
 def _words(word: str, is_spaced: bool = False, is_alone: bool = False) -> list[Token]:
-    """A word, split at the functions and constants in it (`xsin`, `pir`), unless it has too many other letters.
+    """A word, split at the functions and constants in it (`xsin`, `pir`) unless it has too many other letters.
 
-    A word that is the whole answer is only split if it begins with a function, as `sinx` does.
+    A word that is the whole answer is split only if it begins with a function, as in `sinx`.
     """
     parts = [word] if word in NAMES else _PARTS.findall(word)
     letters = sum(len(part) == 1 for part in parts)
@@ -152,7 +152,7 @@ def _closings(opening: str) -> Sequence[str]:
 
 
 def depths(tokens: Sequence[Token]) -> list[int]:
-    """The number of brackets around each token; a bracket counts as inside itself.
+    """The number of brackets around each token; a bracket counts as being inside itself.
 
     Raises:
         UnreadableError: the brackets do not match.

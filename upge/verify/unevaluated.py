@@ -52,12 +52,12 @@ _FAMILIES = tuple(
 
 
 def has_unevaluated_operation(gold: str, given: str) -> bool:
-    """Whether a normalized answer contains an operation that should have been evaluated, judging by the ground truth.
+    """Whether a normalized answer contains an operation that should have been evaluated, given the ground truth.
 
     If the ground truth is a number or a fraction, this is a sum, difference or product of plain numbers, or anything
     with letters that are not a unit. For any ground truth, it is a function of a kind that the ground truth does not
-    contain: trigonometric, logarithm, exponential, sum, integral, limit, maximum, divisor, determinant, rounding,
-    remainder or derivative.
+    contain: trigonometric, logarithm, exponential, sum, product, integral, limit, maximum, divisor, determinant,
+    rounding, remainder or derivative.
     """
     result = result_of(given)
     if NUMBER.fullmatch(gold) or is_fraction(gold):
@@ -137,7 +137,7 @@ def _without_units(text: str) -> str:
 
 
 def result_of(text: str) -> str:
-    """The text after the last equals sign outside braces, or the 5 of 5 = x. A sum has one within braces."""
+    """The text after the last equals sign outside braces (within braces it belongs to a sum), or the 5 of 5 = x."""
     if _TURNED.fullmatch(text):
         return text.partition("=")[0].strip()
     depth, begin = 0, 0

@@ -14,8 +14,8 @@ class Gold(NamedTuple):
     """What the ground truth says about the meaning of an answer's words.
 
     Attributes:
-        is_number: any words after a number may be a unit (18 eggs per day). Otherwise only texts and `_UNITS` are.
-        is_expression: up to three letters are a product, even if they could be a word.
+        is_number: True if any words after a number may be a unit (18 eggs per day), not only texts and `_UNITS`.
+        is_expression: True if up to three letters are a product, even if they could be a word.
     """
 
     is_number: bool = False
@@ -41,7 +41,7 @@ CHANGES_A_NUMBER = (
     r"point|mod|base|pi|sqrt|when|where|maybe|perhaps|zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|"
     r"twelve|(?:thir|four|fif|six|seven|eigh|nine)teen|(?:twen|thir|for|fif|six|seven|eigh|nine)ty)\b"
 )
-"""Words that cannot be a unit, for they change the number before them or give another."""
+"""Words that cannot be a unit, because they change the number before them or are another number."""
 _CHANGES_IT = re.compile(
     rf"{CHANGES_A_NUMBER}|\b(?:k|bn|mn|only)\b|\\(?!cdot|times|,)|[0-9;=:]|(?<!\\),|[\u4e0d\u6216\u548c]", re.IGNORECASE
 )
@@ -81,7 +81,7 @@ def without_unit(tokens: Sequence[Token], gold: Gold) -> tuple[Sequence[Token], 
 
 
 def _shape(token: Token, has_slash: bool, gold: Gold) -> str:
-    """A character for `_UNIT`: U for what may be a unit."""
+    """The token's character for `_UNIT`; U if it may be a unit."""
     if token.kind in ("text", "script"):
         return "U"
     if token.kind == "number":
@@ -97,12 +97,12 @@ def _shape(token: Token, has_slash: bool, gold: Gold) -> str:
 
 
 def words_in(tokens: Sequence[Token]) -> str:
-    """The words and texts among tokens, separated by one space, without an article before them."""
+    """The words and texts among tokens, in lower case, separated by one space, without a leading article."""
     return _ARTICLE.sub("", " ".join(token.text for token in tokens if token.kind != "symbol").casefold())
 
 
 def is_word(token: Token, is_expression: bool = False) -> bool:
-    """Letters are a word if there are four, or capitals among them, or if they look like one, such as "on" or "tea"."""
+    """Whether a token is a word: a text, four or more letters, two or three with a capital, or one such as "on"."""
     text = token.text
     if token.kind != "word" or len(text) > 3 or len(text) > 1 and not text.islower():
         return token.kind in ("word", "text", "script")

@@ -22,9 +22,9 @@ from upge.verify.declared import Declared, Verifier
 from upge.verify.messages import Channel
 
 Outcome = tuple[list[float], str, str, str | None, str]
-"""Rewards, status, detail, extracted answer, traceback. After an error there are no rewards."""
+"""Rewards, status, detail, extracted answer and traceback. After an error the rewards are empty."""
 LONGEST_DETAIL, LONGEST_TRACEBACK = 1000, 6000
-"""The most characters of an error's message, and of its traceback, of which the end is kept."""
+"""The maximum number of characters of an error's message, and of its traceback, whose end is kept."""
 
 
 class Loaded(NamedTuple):
@@ -35,10 +35,10 @@ class Loaded(NamedTuple):
 
 
 def work(connection: socket.socket, server: int, setup: Mapping[str, Any]) -> NoReturn:
-    """Scores responses until the parent closes the connection, then exits without the server's clean-up.
+    """Scores responses until the parent closes the connection, then exits without the server's cleanup.
 
     Args:
-        connection: to the pool.
+        connection: the socket to the pool.
         server: process id of the server, this process's parent.
         setup: as for `server.serve`.
     """
@@ -48,7 +48,7 @@ def work(connection: socket.socket, server: int, setup: Mapping[str, Any]) -> No
         isolation.die_with_parent(server)
         isolation.limit_resources(setup["memory"])
         connection.set_inheritable(False)
-        # A process that a verifier forks must neither speak for this one nor keep the connection open after its death.
+        # A process that a verifier forks must neither use the connection nor keep it open after this process ends.
         os.register_at_fork(after_in_child=connection.close)
         channel, most_cpu, cpu_limit = Channel(connection), setup["seconds"] * (os.cpu_count() or 1), 0.0
         verifiers = _loaded(setup["names"], channel)
@@ -62,7 +62,7 @@ def work(connection: socket.socket, server: int, setup: Mapping[str, Any]) -> No
             channel.send(["started", number])
             begin = time.monotonic()
             outcome = score(*verifiers[name], *task)
-            if os.getpid() != own:  # forked by other means than Python's
+            if os.getpid() != own:  # a fork that bypassed Python's os.fork
                 os._exit(0)
             channel.send(["done", number, *outcome, time.monotonic() - begin])
     except (EOFError, OSError):
@@ -94,7 +94,7 @@ def score(
     more: str = "",
     count: int = 0,
 ) -> Outcome:
-    """The outcome for one response, for an answer that was already extracted from it, or for `count` responses."""
+    """The outcome for one response, for an answer already extracted from it, or for `count` responses."""
     extracted = None
     try:
         if is_extracted:
@@ -104,12 +104,12 @@ def score(
             values = {"response": text, "answer": answer, "prompt": prompt}
             result = declared.call(verifier, values | (json.loads(more) if more else {}))
     except Exception as error:
-        # If a built-in verifier fails, the answer is malformed and so wrong. A user's verifier may have a defect.
+        # If a built-in verifier fails, the answer is malformed and so wrong. A user's verifier may have a bug.
         blameless = is_extracted and not isinstance(error, (ImportError, MemoryError))
         return ([0.0], "ok", "", None, "") if blameless else ([], "error", *_told(error, extracted))
     try:
         rewards = [_number(one) for one in cast("list[Any]", result)] if count else [_number(result)]
-    except Exception:  # no list, or a list that fails
+    except Exception:  # not a list, or one that cannot be read
         rewards = []
     if len(rewards) != max(count, 1) or not all(declared.minimum <= reward <= declared.maximum for reward in rewards):
         expected = f"a finite number in [{declared.minimum:g}, {declared.maximum:g}]"
@@ -119,9 +119,9 @@ def score(
 
 
 def _number(result: Any) -> float:
-    """A reward as a float; NaN if it is no number."""
+    """A reward as a float; NaN if it is not a number."""
     try:
-        # float() also reads texts and bytes, which are no numbers here.
+        # float() also reads strings and bytes, which are not accepted here.
         is_number = hasattr(result, "__float__") or hasattr(result, "__index__")
         return float(result) if is_number and not isinstance(result, (str, bytes)) else math.nan
     except Exception:
@@ -136,7 +136,7 @@ def _extracted(verifier: Verifier, response: str) -> str | None:
 
 
 def _told(error: Exception, extracted: str | None) -> tuple[str, str | None, str]:
-    """Detail, extracted answer and traceback of an error, the traceback without this module's own line."""
+    """Detail, extracted answer and traceback of an error; the traceback is without this module's own line."""
     try:
         detail = f"{type(error).__name__}: {error}"[:LONGEST_DETAIL]
     except Exception:  # the error's own __str__ fails

@@ -70,7 +70,7 @@ def test_an_installation_that_does_not_load_is_a_warning(activated: list[str], m
         raise ImportError("undefined symbol")
 
     monkeypatch.setitem(_registry._FLASH_ATTENTION_IMPLS, "FA3", broken)
-    with pytest.warns(UserWarning, match="FlashAttention 3 is installed and cannot be used: undefined symbol"):
+    with pytest.warns(UserWarning, match="FlashAttention 3 is installed but cannot be used: undefined symbol"):
         choose_kernel(CUDA)
     assert kernel_name(CUDA, "bfloat16", 256) == "variable-length kernel, FA2"
 

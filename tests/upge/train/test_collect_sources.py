@@ -44,7 +44,7 @@ def test_sources_come_by_their_weights():
     made = collector(algorithm("rollouts"), data, FakeModel(), prompts=4, weights=weights)
     counts = Counter(data[i].problem.source for step in range(40) for i in prompts_of(made.collect(step)[0]))
     assert abs(counts["small"] - 120) <= 1 and abs(counts["large"] - 40) <= 1 and counts["unused"] == 0
-    with pytest.raises(DataError, match=r"data.weights.none: 'test' finds no training example"):
+    with pytest.raises(DataError, match=r"data.weights.none: no training example .* has what 'test' needs"):
         collector(algorithm("rollouts"), data, FakeModel(), weights={**weights, "none": 1.0})
 
 

@@ -208,7 +208,7 @@ def test_layers_and_scores_that_are_not_supported_are_refused():
     row = torch.zeros(1, 2, 3, 4)
     with pytest.raises(ModelError, match="Linear changes its attention scores .softcap"):
         packed_attention(torch.nn.Linear(1, 1), row, row, row, None, sequence_lengths=(3,), softcap=50.0)
-    with pytest.raises(ModelError, match="Linear did not get the packed row"):
+    with pytest.raises(ModelError, match="Linear got an input other than the packed row"):
         packed_attention(torch.nn.Linear(1, 1), row, row, row, None, sequence_lengths=(2,))
 
 

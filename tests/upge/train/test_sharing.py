@@ -124,5 +124,5 @@ def test_a_model_that_loses_the_sharing_is_refused():
     trunk = policy.model.base_model
     forward = trunk.layers[0].self_attn.forward
     trunk.layers[0].self_attn.forward = lambda *args, sharing=None, **kwargs: forward(*args, **kwargs)
-    with pytest.raises(ModelError, match="did not get the packed row"):
+    with pytest.raises(ModelError, match="got an input other than the packed row"):
         policy(batch)

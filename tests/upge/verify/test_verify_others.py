@@ -198,7 +198,7 @@ def test_reasoning_gym_in_a_pool_with_a_part_of_the_reward() -> None:
 
 def test_reasoning_gym_refuses_an_entry_whose_own_answer_is_wrong() -> None:
     made = entry("countdown")
-    with pytest.raises(ValueError, match="earns 0.* of reasoning-gym's own verifier"):
+    with pytest.raises(ValueError, match="earns 0.* from reasoning-gym's own verifier"):
         load("reasoning_gym").check_answer(json.dumps(made | {"answer": "1 + 1"}))
 
 
