@@ -199,7 +199,7 @@ class SiblingSucceeded(Gate):
     """1 for trajectories with another rollout of their group that succeeded, else 0 (arXiv 2601.20802).
 
     Attributes:
-        only_failed: True = 0 also for rollouts that succeeded themselves.
+        only_failed: True = 0 also for rollouts that themselves succeeded.
     """
 
     only_failed: bool = True
@@ -302,7 +302,7 @@ class Schedule(Gate):
 
 @dataclass(frozen=True)
 class Complement(Gate):
-    """1 - gate, for a second term whose coefficient adds up to 1 with the first one's."""
+    """1 - gate, for a term whose coefficient and that of another term add up to 1."""
 
     gate: Gate
     reads: ClassVar[frozenset[str]] = frozenset()

@@ -86,7 +86,7 @@ def locate(name: Any, path: str) -> Any:
         raise ConfigError(f"{path}: found {name!r}, expected a dotted path such as upge.NoMask or my_file.MyMask")
     module_name, _, attribute = name.rpartition(".")
     _check_origin(module_name.partition(".")[0], name, path)
-    # The module is of no importance: upge.gates.Always is upge.Always.
+    # Any module of upge: upge.gates.Always is upge.Always.
     if name.startswith("upge.") and (new := RENAMED.get(f"upge.{attribute}")):
         raise ConfigError(f"{path}: '{name}' was renamed; write {new}")
     try:

@@ -67,7 +67,7 @@ class UndeclaredColumn(TypeError):
 
 
 class TokenView:
-    """What parts of reach `token` may use: per-token columns of any leading shape, and what follows from them.
+    """What parts of reach `token` may use: per-token columns of any leading shape, and values derived from them.
 
     A part may read the columns that it declares in `reads`. Reading one that the batch lacks raises an error, except
     for `behavior_logprobs`: it may be None, which means that the data are strictly on-policy.
@@ -88,7 +88,7 @@ class TokenView:
 
     @property
     def is_sampled(self) -> Bool[Tensor, "*shape"]:
-        """True for the sampled token; on a support with other candidates False for those (see `upge.support`)."""
+        """True for the sampled token, False for the other candidates of a support (see `upge.support`)."""
         return torch.ones_like(self.response_mask)
 
     @property
@@ -115,17 +115,17 @@ class TokenView:
 
     @abstractmethod
     def look_up(self, values: Tensor) -> Tensor:
-        """The entries of [B] or [B, T] `values` of the batch that this view was selected from, at its own places."""
+        """The entries at this view's places of `values`, [B] or [B, T] of the batch that it was selected from."""
 
     def seeing(self: _View, tokens: Bool[Tensor, "B T"] | None) -> _View:
-        """This batch with `tokens` of the planned batch as its response mask; itself for None."""
+        """This batch with its response mask restricted to `tokens` of the planned batch; itself for None."""
         if tokens is None:
             return self
         return replace(self, response_mask=self.response_mask & self.look_up(tokens))  # pyright: ignore
 
     @abstractmethod
     def per_token(self, values: Tensor) -> Tensor:
-        """The result of `look_up` of a [B] tensor, in a shape that broadcasts against per-token columns."""
+        """The result of `look_up` on a [B] tensor, in a shape that broadcasts against per-token columns."""
 
     @property
     @abstractmethod
@@ -194,11 +194,11 @@ class TrajectoryView(TokenView):
 
     @property
     def limited_lengths(self) -> Int[Tensor, "B"]:
-        """[B] the number of tokens that a response limit counts, also those that a part does not see."""
+        """[B] the number of tokens that count towards a response limit, including those that a part does not see."""
         return self.lengths if self.total_lengths is None else self.total_lengths
 
     def seeing(self: _View, tokens: Bool[Tensor, "B T"] | None) -> _View:
-        """As of `TokenView`; `limited_lengths` are unchanged."""
+        """As in `TokenView`; `limited_lengths` does not change."""
         if tokens is None:
             return self
         mask = self.response_mask & self.look_up(tokens)
@@ -266,7 +266,7 @@ class TrajectoryView(TokenView):
 
     @abstractmethod
     def with_rewards(self, rewards: Float[Tensor, "B"]) -> TrajectoryView:
-        """The same trajectories with other rewards, which then also decide on success, for the part that one wraps."""
+        """The same trajectories with other rewards, which then also determine success. For parts that wrap another."""
 
 
 class Distributions(NamedTuple):
@@ -323,7 +323,7 @@ class PackedTokens(TokenView):
     column: Int[Tensor, "N"] | None = None
 
     def __post_init__(self) -> None:
-        # Also where all tokens count: to find out would wait for the device, in each chunk of the output head.
+        # Done even if all tokens count: a check would synchronize with the device in every chunk of the output head.
         hide(self, self.response_mask)
 
     def __len__(self) -> int:

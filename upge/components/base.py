@@ -101,7 +101,7 @@ class Component(ABC):
 
     @property
     def counts_demonstrations(self) -> bool:
-        """True if the part's values for rollouts depend on the demonstrations of their group, on purpose.
+        """True if the part's values for rollouts are meant to depend on the demonstrations of their group.
 
         A part that wants this sets the class attribute `counts_demonstrations = True`.
         """
@@ -116,7 +116,7 @@ class Component(ABC):
         """True if the part's values are computed before the forward pass, on the whole batch.
 
         Args:
-            live: the columns that exist only in or after the forward pass; more on a support (`upge.support`).
+            live: the columns that exist only in or after the forward pass; a support has more (`upge.Support.live`).
         """
         return not (self.columns & live or self.sees_advantages)
 

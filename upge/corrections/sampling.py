@@ -19,7 +19,7 @@ class DynamicSampling(Correction):
     Prompts on which it is still closed after the last round do not count in the divisors.
 
     Attributes:
-        gate: the gate; it may read only rewards and groups.
+        gate: the gate; it may read only rewards, groups and the memory of prompts.
     """
 
     gate: Gate = PassRateBetween(0.0, 1.0)
@@ -48,10 +48,10 @@ class DynamicSampling(Correction):
 
 @dataclass(frozen=True)
 class Curriculum(Correction):
-    """Draws prompts with probabilities proportional to `weight`; dynamic sampling, where there is any, stays.
+    """Draws prompts with probabilities proportional to `weight`. Dynamic sampling, if there is any, is kept.
 
     Attributes:
-        weight: of a prompt, by what is remembered of it.
+        weight: the weight of a prompt, from its memory.
         memory: what is tracked of each prompt, for algorithms without a memory of their own.
     """
 
@@ -61,7 +61,7 @@ class Curriculum(Correction):
     def apply(self, algorithm: Algorithm) -> Algorithm:
         rollout_terms(algorithm)
         if algorithm.replay is not None:
-            raise NotApplicable("its replay takes the places of drawn prompts, whose weights would not hold")
+            raise NotApplicable("its replay replaces drawn prompts, so prompts would not be drawn by their weights")
         if algorithm.curriculum is not None:
             raise NotApplicable("it already draws prompts by weights; change these by algo.sampling.weight.KEY=VALUE")
         sampling = core.Curriculum(self.weight, redraw=algorithm.dynamic_sampling)
