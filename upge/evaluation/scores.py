@@ -124,7 +124,7 @@ class Outcomes:
     def of(
         cls, benchmark: str, samples: Iterable[Sample], n: int | None = None, ids: Collection[str] | None = None
     ) -> Outcomes:
-        """Gathers the samples 0 to n−1 of every problem.
+        """Gather the samples 0 to n−1 of every problem.
 
         Args:
             benchmark: its name.
