@@ -1,4 +1,4 @@
-"""Gates: the coefficient of a term, per question or per trajectory. A gate is called with the batch and returns [B].
+"""Gates: the coefficient of a term, per group or per trajectory. A gate is called with the batch and returns [B].
 
 A gate that reads neither current log-probs nor entropies is known before the forward pass. A trajectory whose
 coefficient is then 0 in every term never reaches the model.
@@ -139,7 +139,7 @@ class PassRateAtMost(_PassRateThreshold):
 
 @dataclass(frozen=True)
 class PassRateBetween(_PassRateGate):
-    """1 where low < P < high, else 0. By default it is open on questions whose rollouts differ (arXiv 2503.14476)."""
+    """1 where low < P < high, else 0. By default it is open on groups whose rollouts differ (arXiv 2503.14476)."""
 
     low: float = 0.0
     high: float = 1.0

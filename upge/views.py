@@ -50,7 +50,7 @@ COLUMNS = frozenset((*TOKEN_COLUMNS, *TRAJECTORY_COLUMNS, NAMED_REWARDS, "is_sam
 #: Columns that exist only after the forward pass of the current policy. A part that reads one of them, itself or in a
 #: part that it wraps, is *live*. Every other part is known before the forward pass.
 LIVE_COLUMNS = frozenset({"logprobs", "entropies", "is_sampled"})
-#: Columns that may be None in a view: without the behaviour policy's log-probs the data are strictly on-policy.
+#: Columns that may be None in a view: without the behavior policy's log-probs the data are strictly on-policy.
 MAY_BE_ABSENT = frozenset({"behavior_logprobs"})
 #: A rollout counts as a success above this reward, unless a run sets another one.
 PASS_THRESHOLD = 0.5
@@ -93,14 +93,14 @@ class TokenView:
 
     @property
     def log_importance_ratio(self) -> Float[Tensor, "*shape"]:
-        """log π_θ/π_behavior per token, detached; zero when the data are strictly on-policy (no behaviour column)."""
+        """log π_θ/π_behavior per token, detached; zero when the data are strictly on-policy (no behavior column)."""
         current = self.logprobs.detach()
         behavior = self.behavior_logprobs
         return torch.zeros_like(current) if behavior is None else current - behavior
 
     @property
     def log_behavior(self) -> Float[Tensor, "*shape"]:
-        """log π_behavior per token, detached: the behaviour column, or the current policy's when strictly on-policy."""
+        """log π_behavior per token, detached: the behavior column, or the current policy's when strictly on-policy."""
         behavior = self.behavior_logprobs
         return self.logprobs.detach() if behavior is None else behavior
 
@@ -376,7 +376,7 @@ class _Declared:
             raise UndeclaredColumn(
                 f"{owner} reads the column '{name}' without declaring it; add \"{name}\" to its `reads`"
             )
-        # Only a part that reads `logprobs` can replace a missing behaviour column by them.
+        # Only a part that reads `logprobs` can replace a missing behavior column by them.
         may_be_absent = MAY_BE_ABSENT if "logprobs" in columns else frozenset()
         if value is None and name not in may_be_absent:
             raise ValueError(f"{name}: {owner} reads it, but this batch does not have it; pass `{name}=...`")

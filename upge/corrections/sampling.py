@@ -80,19 +80,19 @@ def _check_learns_from_sampled(algorithm: Algorithm, sampling_gate: Gate) -> Non
             if algorithm.guidance is not None:
                 learned, lost = "the beginnings of demonstrations that its rollouts continue", "these beginnings"
             raise NotApplicable(
-                f"its term '{name}' learns from {learned}, and sampling would replace the questions that all rollouts "
+                f"its term '{name}' learns from {learned}, and sampling would replace the prompts that all rollouts "
                 f"fail or solve, together with {lost}; {_IN_A_FILE}"
             )
     if algorithm.interleaved_update is not None:
         raise NotApplicable(
-            "its `interleaved_update` collects questions by their pass rate, and sampling would replace these; "
+            "its `interleaved_update` collects prompts by their pass rate, and sampling would replace these; "
             f"{_IN_A_FILE}"
         )
     for name, term in algorithm.terms.items():
         rate = _open_rate(term.gate, sampling_gate)
         if rate is not None:
             raise NotApplicable(
-                f"the gate of its term '{name}' chooses questions by their pass rate and is open at {rate:g}, where "
+                f"the gate of its term '{name}' chooses prompts by their pass rate and is open at {rate:g}, where "
                 f"sampling would replace them; {_IN_A_FILE}"
             )
 

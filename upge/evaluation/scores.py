@@ -1,4 +1,4 @@
-"""The scores of an evaluation, computed from its samples: accuracy, pass@k, and facts that qualify them.
+"""The scores of an evaluation, computed from its samples: accuracy, pass@k, and numbers that qualify them.
 
 pass@k is the probability that at least one of k responses, drawn without replacement from n, is correct. With c correct
 responses among n, its unbiased estimate is (Chen et al., arXiv 2107.03374)
