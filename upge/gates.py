@@ -1,4 +1,4 @@
-"""Gates: the coefficient of a term, per group or per trajectory. A gate is called with the batch and returns [B].
+"""Gates: the coefficient of a term, per prompt or per trajectory. A gate is called with the batch and returns [B].
 
 A gate that reads neither current log-probs nor entropies is known before the forward pass. A trajectory whose
 coefficient is then 0 in every term never reaches the model.

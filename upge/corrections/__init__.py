@@ -378,6 +378,7 @@ class Overlong(Correction):
 
 
 __all__ = [
+    "IWOPD",
     "MIS",
     "TIS",
     "Correction",
