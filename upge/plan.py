@@ -145,9 +145,9 @@ class Plan:
                 Its `row` says which rows of the planned batch these are; `Trajectories.select` sets it.
 
         Raises:
-            ValueError: `batch` has no log-probs of the current policy, no distributions for a term or regularizer whose
-                support is not the sampled token, or only some trajectories of a group that the algorithm reads as a
-                whole; or a part of reach 'batch' has not been evaluated.
+            ValueError: `batch` has no log-probs of the current policy; it has no distributions, but the support of a
+                term or regularizer is not the sampled token; it has only some trajectories of a group that the
+                algorithm reads as a whole; or a part of reach 'batch' has not been evaluated.
         """
         estimate = self.estimate_in_head(batch)
         if not estimate.coefficients:

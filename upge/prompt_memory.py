@@ -66,9 +66,9 @@ class PromptMemory(ABC):
         Args:
             tracked: the numbers before it.
             rewards: the rewards of the prompt's rollouts in the step, in order of sampling.
-            drift: mean_t |log π(y_t) - log π_then(y_t)| over the response y that is remembered of the prompt, in nats.
-                π is the policy that sampled in this step, π_then the one that sampled y, in the step in which the
-                prompt was last sampled. It is 0 the first time, and if `wants_drift` is False.
+            drift: mean_t |log π(y_t) - log π_then(y_t)| in nats, for a response y from the step in which the prompt was
+                last sampled. π is the policy that sampled in this step, π_then the one that sampled y. It is 0 the
+                first time, and if `wants_drift` is False.
         """
 
     @abstractmethod

@@ -165,9 +165,9 @@ class EntropyLikelihood(LikelihoodGradient):
 class GammaLikelihood(LikelihoodGradient):
     """f′ = e^λ·W^k·e^(-λW), W = Π_t π_θ/π_behavior of the whole response, detached (arXiv 2602.10693).
 
-    k and λ are `positive` where Â ≥ 0 and `negative` where Â < 0. f′ is 1 on-policy, largest at W = k/λ, and falls to 0
-    on both sides: faster than any power of W above, like W^k below. With π_ref = π_θ, f′ replaces the importance ratio
-    as the weight of ∇log π_θ. Unlike a mask, it may exceed 1.
+    k and λ are `positive` where Â ≥ 0 and `negative` where Â < 0. f′ is 1 on-policy and largest at W = k/λ. Above this
+    W it falls to 0 faster than any power of W, below it like W^k. With π_ref = π_θ, f′ replaces the importance ratio as
+    the weight of ∇log π_θ. Unlike a mask, it may exceed 1.
 
     Attributes:
         positive, negative: the pairs (k, λ).

@@ -54,9 +54,9 @@ class Prompting:
             added in front, and the special token that ends a turn in a chat template is added at the end.
 
     Raises:
-        ConfigError: the template is not a format string with {prompt}, or the tokenizer has no chat template, or one
-            without a variable of `template_arguments`, or (by `text`) the chat template refuses a problem's messages,
-            or a format string gets a conversation of several turns.
+        ConfigError: the template is not a format string with {prompt}; the tokenizer has no chat template, or one
+            without a variable of `template_arguments`; or, by `text`, the chat template refuses a problem's messages or
+            a format string gets a conversation of several turns.
         ModelError: the tokenizer has no end-of-sequence token.
     """
 
