@@ -2,7 +2,7 @@
 
     grad = Σ_trajectories Σ_tokens  w · 1_stable · (1/π_ref) · Â · ∇π_θ
 
-Importing it loads only torch and jaxtyping. Engines, trainers and verifiers are imported where they are used.
+`import upge` loads only torch and jaxtyping. Engines, trainers and verifiers are imported where they are used.
 """
 
 import importlib

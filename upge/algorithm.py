@@ -86,11 +86,11 @@ class Algorithm:
         terms: name → term, in the order of the file.
         description: one or two lines for readers.
         critic: the objective of the value network; required if a part reads values.
-        sampling: which prompts are drawn or replaced; None = each as often as the others.
+        sampling: how prompts are drawn, and which are redrawn; None = all are drawn equally often.
         interleaved_update: updates by a second algorithm, made when enough prompts have been collected.
         validation: the objective on held-out prompts that a stateful gate may follow.
         guidance: which rollouts continue the beginning of a demonstration; None = none.
-        memory: what is tracked of each prompt from step to step; None = nothing is remembered of prompts.
+        memory: what is tracked of each prompt from step to step; None = nothing.
         replay: which rollouts of earlier steps a step learns from again; None = none.
     """
 
@@ -179,12 +179,12 @@ class Algorithm:
 
     @property
     def curriculum(self) -> Curriculum | None:
-        """The weights with which prompts are drawn; None if each is drawn as often as the others."""
+        """The weights with which prompts are drawn; None if all are drawn equally often."""
         return self.sampling if isinstance(self.sampling, Curriculum) else None
 
     @property
     def dynamic_sampling(self) -> DynamicSampling | None:
-        """The replacement of prompts by their rollouts; None if there is none."""
+        """The rule that replaces prompts depending on their rollouts; None if there is none."""
         return self.sampling.redraw if isinstance(self.sampling, Curriculum) else self.sampling
 
     @property
@@ -218,7 +218,7 @@ class Algorithm:
 
     @cached_property
     def _parts_in_micro_batches(self) -> list[Component]:
-        """The parts at work that are not evaluated once per update."""
+        """The working parts, except those that are evaluated once per update."""
         return [part for path, part in self._working_parts.items() if path not in self.parts_per_update]
 
     @cached_property
@@ -228,16 +228,16 @@ class Algorithm:
 
     @cached_property
     def takes_chunks(self) -> bool:
-        """True if tokens can be evaluated in any selection.
+        """True if any selection of tokens can be evaluated on its own.
 
-        That holds if everything evaluated after the forward pass has reach 'token' and reads only per-token columns.
+        This holds if everything evaluated after the forward pass has reach 'token' and reads only per-token columns.
         """
         reads = frozenset[str]().union(*(live_reads(part) for part in self._parts_in_micro_batches))
         return self.reach == "token" and reads <= {*TOKEN_COLUMNS, "is_sampled"}
 
     @cached_property
     def supports(self) -> dict[str, Support]:
-        """The support of every term and regularizer that moves other tokens than the sampled one, by its path.
+        """The support of every term and regularizer that moves tokens other than the sampled one, by its path.
 
         Those with a coefficient of 0 are left out.
         """
@@ -263,7 +263,7 @@ class Algorithm:
     @property
     def step_needs(self) -> Needs:
         """What the batch of a step must hold, as the parts declare it."""
-        # On a support a term evaluates its estimator, and a regularizer itself.
+        # The support of a term applies to its estimator, that of a regularizer to the regularizer itself.
         owners = {f"{path}.estimator" if path.startswith("terms.") else path: s for path, s in self.supports.items()}
         needs = needs_of(self._working_parts, self.sources, owners)
         return needs if self.guidance is None else replace(needs, demonstrations=False, prefixes=True)
@@ -295,7 +295,8 @@ class Algorithm:
         Args:
             group_size: rollouts per prompt.
             demonstrations: number of prompts with a demonstration; None = not known yet.
-            provided: the columns beyond rewards and masks that the caller can fill. `values` follow from `critic`.
+            provided: the columns beyond rewards and masks that the caller can fill. The algorithm's own `critic` and
+                `memory` provide `values` and the `prompt_*` columns.
             rewards: the names of the rewards; None = not known yet.
 
         Raises:
@@ -339,10 +340,10 @@ class Algorithm:
             )
 
     def plan(self, batch: Trajectories) -> Plan:
-        """Everything that is known before the forward pass, on the whole batch. Its `logprobs` may be None.
+        """Everything that is known before the forward pass, on the whole batch. The batch's `logprobs` may be None.
 
-        Parts of reach 'batch' are also evaluated if the batch has log-probs, which must be those of the current policy.
-        Without them the plan waits for `Plan.with_current`.
+        If the batch has log-probs, they must be those of the current policy, and parts of reach 'batch' are also
+        evaluated. Otherwise `Plan.with_current` evaluates these parts later.
         """
         plan = self.plans(batch, [None])[0]
         return plan if batch.logprobs is None else plan.with_current(batch)
@@ -352,7 +353,7 @@ class Algorithm:
 
         Advantages and gates are computed on the whole batch, so statistics such as a whitened advantage's do not
         depend on how the batch is split into updates. Divisors are counts over an update's own rows. Parts of reach
-        'batch' see an update's own rows under the policy of that time: see `Plan.with_current`.
+        'batch' see an update's own rows under the policy at the time of that update: see `Plan.with_current`.
 
         Args:
             updates: for each update, the rows of `batch` that it learns from; None = all.

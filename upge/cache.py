@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-#: The most entries of a kind that are kept. Beyond that, the least recently used entry is removed.
+#: The maximum number of entries of a kind. Beyond it, the least recently used entry is removed.
 MOST = 16
 _TRAILER = struct.Struct("<QI")
 """Follows the contents: their number of bytes and their checksum."""
@@ -58,7 +58,7 @@ class Entry:
         return contents if _TRAILER.unpack(trailer) == (len(contents), zlib.crc32(contents)) else None
 
     def write(self, parts: Iterable[bytes | memoryview]) -> None:
-        """Stores the concatenated parts. If that fails, as on a full disk, nothing is stored and nothing is raised."""
+        """Store the concatenated parts. If that fails, as on a full disk, nothing is stored and nothing is raised."""
         if self._path is None:
             return
         unfinished = self._path.with_name(f"{self._path.name}.part")
@@ -80,7 +80,7 @@ class Entry:
 
 @contextmanager
 def entry(kind: str, key: str) -> Iterator[Entry]:
-    """Yields the entry of a key, locked against all other processes.
+    """Yield the entry of a key, locked against all other processes.
 
     Args:
         kind: the subfolder of `home` that holds entries of this kind.
@@ -103,7 +103,7 @@ def entry(kind: str, key: str) -> Iterator[Entry]:
 
 
 def _make_room(folder: Path) -> None:
-    """Removes the least recently used entries beyond `MOST`, and unfinished files that are older than a day.
+    """Remove the least recently used entries beyond `MOST`, and unfinished files that are older than a day.
 
     A process that still reads a removed entry keeps its mapping.
     """

@@ -25,9 +25,9 @@ class CandidateView(TokenView):
 
     Attributes:
         tokens: the N tokens.
-        logprobs, reference_logprobs, teacher_logprobs: [N, K] of the candidates.
-        candidates: [N, K] the tokens.
-        chosen: [N, 1] the sampled token.
+        logprobs, reference_logprobs, teacher_logprobs: [N, K] the candidates' log-probs.
+        candidates: [N, K] the candidates' token ids.
+        chosen: [N, 1] the sampled tokens' ids.
     """
 
     tokens: PackedTokens
@@ -109,19 +109,19 @@ def _column(values: Tensor | None) -> Tensor:
 
 
 class SupportCoefficients:
-    """The k of a term or penalty on some tokens, evaluated for a block of them at a time, where distributions exist.
+    """The coefficients k of a term or penalty, evaluated for a block of tokens at a time, where distributions exist.
 
     Args:
         estimator: the product of the four factors, precomputed.
-        support: other than the sampled token.
+        support: any support but the sampled token.
         batch: the tokens, padded or packed.
-        gate: [*shape] of each token, with the coefficient.
+        gate: [*shape] the gate of each token, times the term's coefficient.
         reduction: [*shape] w of each token.
-        places: rows and columns of a padded batch's tokens in the order in which blocks are asked for; None = by rows.
-        divergence: of a penalty, whose value is recorded; None for a term.
+        places: rows and columns of a padded batch's tokens, in the order of the blocks; None = by rows.
+        divergence: the divergence of a penalty, whose value is recorded; None for a term.
 
     Attributes:
-        factors: the figures of each token, for metrics. The calls fill in `advantages` and `weights`.
+        factors: the factors of each token, for metrics. The calls fill in `advantages` and `weights`.
     """
 
     def __init__(
@@ -151,7 +151,7 @@ class SupportCoefficients:
         return self._values.sum()
 
     def __call__(self, block: slice, given: Distributions) -> tuple[Int[Tensor, "R K"] | None, Float[Tensor, "R K"]]:
-        """The coefficients of R of the tokens.
+        """The coefficients of R tokens.
 
         Args:
             block: which of the tokens, in the order of `places`.
@@ -180,7 +180,7 @@ class SupportCoefficients:
         return -torch.where(k == 0, torch.zeros_like(logprobs), k * logprobs).sum()
 
     def _product(self, block: slice, view: CandidateView) -> Float[Tensor, "R K"]:
-        """scale·k of each candidate; also records the figures for metrics."""
+        """scale·k of each candidate. Also records what metrics need."""
         # Everything in the precision of the log-probs: the candidates are too many for float64.
         dtype, shape = view.logprobs.dtype, view.logprobs.shape
         factors = Factors(*(_once(factor).to(dtype) for factor in self._estimator.factors(view)))

@@ -26,8 +26,8 @@ class Estimate:
         terms: name → factors of each term.
         penalty_values: name → value of each regularizer on sampled tokens, a detached scalar.
         batch: the batch that the estimate belongs to.
-        compared: names of the terms whose mask compares the policy with the behaviour policy.
-        off_policy: names of the terms that read the behaviour policy's log-probs.
+        compared: names of the terms whose mask compares the policy with the behavior policy.
+        off_policy: names of the terms that read the behavior policy's log-probs.
         on_support: name → coefficients of each term whose support is not the sampled token. They are not in `weights`.
         divergences: name → coefficients of each regularizer on whole distributions.
     """
@@ -44,7 +44,7 @@ class Estimate:
 
     @property
     def coefficients(self) -> list[SupportCoefficients]:
-        """Those of all terms and regularizers that move other tokens than the sampled one."""
+        """The coefficients of all terms and regularizers that move tokens other than the sampled one."""
         return [*self.on_support.values(), *self.divergences.values()]
 
     @property
@@ -54,7 +54,7 @@ class Estimate:
 
     @property
     def penalties(self) -> dict[str, float]:
-        """Name → value of each regularizer, a sum over the tokens whose distributions have been seen."""
+        """Name → value of each regularizer. That of a divergence covers the tokens that were evaluated so far."""
         of_divergences = {name: coefficients.value for name, coefficients in self.divergences.items()}
         return {name: float(value) for name, value in {**self.penalty_values, **of_divergences}.items()}
 
@@ -81,13 +81,13 @@ class TermRecord(NamedTuple):
         weight: [n] the number in front of ∇log π_θ.
         relative: [n] `weight` divided by |gate·reduction|. A token of plain maximum likelihood has 1.
         advantage: sum of the advantages.
-        signals: number of tokens with a non-zero advantage; the counts below are of these.
-        masked: number of tokens that the stabilization mask stops.
-        above, below: number of stopped tokens whose ratio to the behaviour policy is above and below 1; None if the
-            mask does not compare the two policies.
+        signals: number of tokens with a non-zero advantage.
+        masked: number of these that the stabilization mask stops.
+        above, below: number of stopped tokens whose ratio to the behavior policy is above and below 1; None if the mask
+            does not compare the two policies.
         trajectories: Σ|weight| of each trajectory, by its row in the batch or another unique key.
-        extreme: number of tokens whose ratio to the behaviour policy is outside [1/2, 2]; None on-policy, and if the
-            term does not read that policy, whose log-probs are then unknown.
+        extreme: number of tokens whose ratio to the behavior policy is outside [1/2, 2]; None if the data are on-policy
+            or the term does not read the behavior policy's log-probs.
     """
 
     weight: Tensor
@@ -106,7 +106,7 @@ def term_record(factors: TermFactors, batch: TokenView, compared: bool, off_poli
 
     Args:
         compared: whether its mask compares the policies.
-        off_policy: whether some part of it reads the behaviour policy's log-probs.
+        off_policy: whether some part of it reads the behavior policy's log-probs.
     """
     scale = factors.gate * factors.reduction
     active = scale != 0
@@ -148,9 +148,9 @@ def summarise(records: Mapping[str, Sequence[TermRecord]]) -> dict[str, float]:
     - `weight_p1` to `weight_p99`: percentiles of the signed weight;
     - `effective_tokens`: (Σ|v|)²/Σv² of the numbers v in front of ∇log π_θ; `effective_share`: the same divided by
       `tokens`; `effective_trajectories`: (Σ|u|)²/Σu² with u = Σ|v| of each trajectory;
-    - `extreme_ratio_share`: share of the tokens whose ratio to the behaviour policy is outside [1/2, 2];
+    - `extreme_ratio_share`: share of the tokens whose ratio to the behavior policy is outside [1/2, 2];
     - `masked_share`: share of the tokens with a non-zero advantage that the mask stops; `masked_above` and
-      `masked_below`: those of them whose ratio to the behaviour policy is above and below 1.
+      `masked_below`: the shares that are stopped with a ratio to the behavior policy above and below 1.
     """
     metrics: dict[str, float] = {}
     for name, micro_batches in records.items():

@@ -41,8 +41,9 @@ class TermFactors(NamedTuple):
 
         weights = gate · reduction · mask · advantages · shape · exp(log π_θ - log_denominator)
 
-    `gate` includes the term's coefficient, and `shape` is f′(π_θ). On a support with other candidates than the sampled
-    token, `advantages` are Σ_v π_θ(v)·Â_v, `weights` are Σ_v |k_v| with gate and reduction, mask and shape are 1.
+    `gate` includes the term's coefficient, and `shape` is f′(π_θ). On a support with candidates other than the sampled
+    token, `advantages` are Σ_v π_θ(v)·Â_v, `weights` are Σ_v |k_v| including gate and reduction, and `mask` and `shape`
+    are 1.
     """
 
     mask: Tensor
@@ -62,8 +63,8 @@ def call_problem(part: Component) -> str | None:
         inspect.signature(part.__call__).bind(*takes)
     except TypeError:
         return (
-            f"{type(part).__name__} is called with ({', '.join(takes)}), which its `__call__` does not take; a class "
-            "whose parts are called with the advantages sets `sees_advantages = True`"
+            f"{type(part).__name__} is called with ({', '.join(takes)}), which its `__call__` does not take; set "
+            "`sees_advantages = True` in the class if it takes the advantages"
         )
     return None
 

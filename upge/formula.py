@@ -58,7 +58,7 @@ def render(terms: Mapping[str, Formula], regularizers: Mapping[str, Formula], st
     lines = [getattr(formula, style) for formula in (*terms.values(), *regularizers.values())]
     if style == "latex":
         return r"\nabla J = " + " + ".join(lines).replace("+ +", "+").replace("+ -", "-")
-    # A regularizer's formula brings its own sign.
+    # A regularizer's formula includes its sign.
     signs = ["∇J ="] + ["   +"] * (len(terms) - 1) + ["    "] * len(regularizers)
     labels = (*terms, *regularizers)
     return "\n".join(f"{a} {b}   [{label}]" for a, b, label in zip(signs, lines, labels, strict=True))

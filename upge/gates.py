@@ -1,4 +1,4 @@
-"""Gates: the coefficient of a term, per question or per trajectory. A gate is called with the batch and returns [B].
+"""Gates: the coefficient of a term, per prompt or per trajectory. A gate is called with the batch and returns [B].
 
 A gate that reads neither current log-probs nor entropies is known before the forward pass. A trajectory whose
 coefficient is then 0 in every term never reaches the model.
@@ -139,7 +139,7 @@ class PassRateAtMost(_PassRateThreshold):
 
 @dataclass(frozen=True)
 class PassRateBetween(_PassRateGate):
-    """1 where low < P < high, else 0. By default it is open on questions whose rollouts differ (arXiv 2503.14476)."""
+    """1 where low < P < high, else 0. By default it is open on groups whose rollouts differ (arXiv 2503.14476)."""
 
     low: float = 0.0
     high: float = 1.0
@@ -199,7 +199,7 @@ class SiblingSucceeded(Gate):
     """1 for trajectories with another rollout of their group that succeeded, else 0 (arXiv 2601.20802).
 
     Attributes:
-        only_failed: True = 0 also for rollouts that succeeded themselves.
+        only_failed: True = 0 also for rollouts that themselves succeeded.
     """
 
     only_failed: bool = True
@@ -302,7 +302,7 @@ class Schedule(Gate):
 
 @dataclass(frozen=True)
 class Complement(Gate):
-    """1 - gate, for a second term whose coefficient adds up to 1 with the first one's."""
+    """1 - gate, for a term whose coefficient and that of another term add up to 1."""
 
     gate: Gate
     reads: ClassVar[frozenset[str]] = frozenset()

@@ -1,6 +1,6 @@
-"""How noisy the gradients of rollouts and demonstrations are, and how far apart, by the numbers in front of ∇log π.
+"""The noise of the gradients of rollouts and demonstrations, and their distance, from the coefficients of ∇log π.
 
-The gradients themselves would take a backward pass per trajectory. Their coefficients per token are known after a
+The gradients themselves would need a backward pass per trajectory. Their coefficients per token are known after a
 forward pass (arXiv 2605.26184).
 """
 

@@ -1,6 +1,6 @@
 """Guided rollouts: some rollouts of a prompt continue the beginning of one of its demonstrations, the prefix.
 
-A prefix follows from the seed and the step, so a resumed run and any number of ranks have the same ones.
+The seed and the step determine the prefixes, so they are the same in a resumed run and for any number of ranks.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class PrefixLength(ABC):
         """The number of tokens of a prefix.
 
         Args:
-            length: tokens of the demonstration.
-            step: the training steps before.
+            length: number of tokens of the demonstration.
+            step: number of training steps so far.
             random: the source of random numbers.
         """
 
@@ -40,8 +40,8 @@ class UniformPrefix(PrefixLength):
     """⌊u·length⌋ tokens, u uniform in [low, high] (arXiv 2507.01679).
 
     Attributes:
-        low, high: shares of the demonstration: numbers, or functions of the training step. For a fixed share give it
-            twice.
+        low, high: shares of the demonstration: numbers, or functions of the training step. For a fixed share, set both
+            to it.
     """
 
     low: float | Schedule = 0.0
@@ -110,17 +110,18 @@ def _check_share(part: PrefixLength, name: str) -> None:
 
 @dataclass(frozen=True)
 class Guidance:
-    """Which rollouts continue a prefix, and where it stands.
+    """Which rollouts continue a prefix, and where the prefix stands.
 
     All guided rollouts of a prompt in a step continue the same prefix. It is shorter than the demonstration. It counts
-    towards the response limit, of which at least one token is left to the policy. Prompts without a demonstration are
-    sampled without a prefix, and so is one whose prefix has length 0. Evaluation has no guidance.
+    towards the response limit and leaves at least one token to the policy. Prompts without a demonstration, or with a
+    prefix of length 0, are sampled without guidance. Evaluation has no guidance.
 
     Attributes:
         length: the distribution of the prefix's length.
         rollouts: how many of each group's rollouts continue a prefix; None = all.
         in_prompt: False = the prefix is the beginning of the response, and its tokens belong to the source
-            'demonstrations'; True = it ends the prompt, so no term learns from it. The verifier reads it in both cases.
+            'demonstrations'; True = the prefix is the end of the prompt, so no term learns from it. The verifier reads
+            it in both cases.
         steps: number of training steps with guidance; None = all.
     """
 
@@ -158,10 +159,10 @@ class Guidance:
         """The prefix of a prompt's guided rollouts; may be empty.
 
         Args:
-            demonstration: its tokens.
-            limit: the most tokens of a response.
-            step: the training steps before.
-            seed: of this prompt in this step.
+            demonstration: the tokens of the prompt's demonstration.
+            limit: the maximum number of response tokens.
+            step: number of training steps so far.
+            seed: the seed of this prompt in this step.
         """
         if self.steps is not None and step >= self.steps:
             return ()

@@ -36,8 +36,8 @@ RENAMED = {
 def build(node: Any, path: str, expected: Any = None) -> Any:
     """Build the object that `node` describes.
 
-    What a `_target_` names is checked before it is called: it is a class of the expected kind, or a function whose
-    return annotation is one, and it comes from upge or from a file of the user's own.
+    What a `_target_` names is checked before it is called. It must be a class of the expected kind, or a function whose
+    return annotation is one, and come from upge or from a file of the user's own.
 
     Args:
         node: a value, list, mapping or OmegaConf container; a mapping with `_target_` becomes an object.
@@ -86,7 +86,7 @@ def locate(name: Any, path: str) -> Any:
         raise ConfigError(f"{path}: found {name!r}, expected a dotted path such as upge.NoMask or my_file.MyMask")
     module_name, _, attribute = name.rpartition(".")
     _check_origin(module_name.partition(".")[0], name, path)
-    # The module is of no importance: upge.gates.Always is upge.Always.
+    # Any module of upge: upge.gates.Always is upge.Always.
     if name.startswith("upge.") and (new := RENAMED.get(f"upge.{attribute}")):
         raise ConfigError(f"{path}: '{name}' was renamed; write {new}")
     try:

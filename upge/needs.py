@@ -11,7 +11,7 @@ from upge.support import CANDIDATE_COLUMNS, Support
 from upge.trajectories import Source
 from upge.views import MEMORY_COLUMNS
 
-#: Columns that a caller may lack. `behavior_logprobs` is none of them: without it the data are strictly on-policy.
+#: Columns that a caller may lack. `behavior_logprobs` is not among them: without it the data are strictly on-policy.
 _OPTIONAL = frozenset(
     {"sampler_logprobs", "reference_logprobs", "teacher_logprobs", "values", "entropies", "preference", "finished"}
     | {"score_norms"}
@@ -29,7 +29,8 @@ class Needs:
         columns: every column that some part reads.
         rewards: the names of the rewards that some part reads.
         rollouts, demonstrations, preference_pairs: True if it learns from, or compares with, such trajectories.
-        prefixes: True if rollouts continue the beginning of a demonstration. The batch then has no whole ones.
+        prefixes: True if rollouts continue the beginning of a demonstration. The batch then has no whole
+            demonstrations.
         group_size: minimum number of rollouts per prompt.
         group_size_because: path of the part that requires `group_size`.
         precomputed: the columns of `COMPUTED` that must be filled before the policy's forward pass, because a part that
@@ -193,6 +194,6 @@ def check_groups(parts: Mapping[str, Component], path: str = "algo") -> None:
                 raise ConfigError(
                     f"{type(part).__name__} reads `group` without `is_demonstration`, so demonstrations count in its "
                     "statistics of groups; read `is_demonstration` and leave them out (`batch.pass_rate` does), or set "
-                    "`counts_demonstrations = True` in the class if they shall count",
+                    "`counts_demonstrations = True` in the class if they should count",
                     f"{path}.{inner}",
                 )

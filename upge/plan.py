@@ -40,7 +40,7 @@ class Plan:
         contributing: [B] True for trajectories that can contribute to the gradient, or that a part of reach 'batch' has
             yet to see. Only these need a forward pass.
         active: [B] True for trajectories with a non-zero coefficient in some term, whether or not they contribute.
-        group: [B] of the batch.
+        group: [B] the batch's groups.
         reach: the algorithm's reach. With 'group', a part may also read trajectories whose own weight is 0.
         divergences: name → regularizer on whole distributions, bound to the batch as a term is.
     """
@@ -101,8 +101,8 @@ class Plan:
         Args:
             batch: the planned batch with the log-probs of the current policy, and with entropies if a part reads them.
                 Only the entries of the `contributing` trajectories are read.
-            share: applied to each result; with several processes it returns the first one's, so that rounding cannot
-                make them differ.
+            share: applied to each result; with several processes it returns the first process's result, so that
+                rounding cannot make the processes differ.
 
         Raises:
             ValueError: `batch` lacks a column, or is not the planned batch.
@@ -145,9 +145,9 @@ class Plan:
                 Its `row` says which rows of the planned batch these are; `Trajectories.select` sets it.
 
         Raises:
-            ValueError: `batch` has no log-probs of the current policy, no distributions for a term or regularizer whose
-                support is not the sampled token, or only some trajectories of a group that the algorithm reads as a
-                whole; or a part of reach 'batch' has not been evaluated.
+            ValueError: `batch` has no log-probs of the current policy; it has no distributions, but the support of a
+                term or regularizer is not the sampled token; it has only some trajectories of a group that the
+                algorithm reads as a whole; or a part of reach 'batch' has not been evaluated.
         """
         estimate = self.estimate_in_head(batch)
         if not estimate.coefficients:
@@ -178,9 +178,9 @@ class Plan:
                     )
 
     def estimate_in_head(self, batch: Trajectories | PackedTokens, places: Places | None = None) -> Estimate:
-        """`estimate` where the distributions exist for a few tokens at a time, in the output head.
+        """`estimate` for the output head, where the distributions exist for a few tokens at a time.
 
-        The loss lacks what `Estimate.coefficients` are of, for which the head asks.
+        The loss leaves out the terms and regularizers of `Estimate.coefficients`, which the head adds.
 
         Args:
             batch: as for `estimate`.
@@ -209,7 +209,7 @@ class Plan:
         for name, penalty in self.penalties.items():
             penalties[name] = penalty.value(batch, dtype)
             loss = loss + penalties[name]
-        # As tensors: to read a number would wait for the device, in each chunk of the output head.
+        # Kept as tensors: reading a number would synchronize with the device in every chunk of the output head.
         values = {name: value.detach() for name, value in penalties.items()}
         divergences = {n: one.coefficients(batch, places, penalty=True) for n, one in self.divergences.items()}
         off_policy = frozenset(n for n, term in self.terms.items() if "behavior_logprobs" in term.live_reads())
@@ -231,7 +231,7 @@ class Plan:
 
     @property
     def _compared(self) -> frozenset[str]:
-        """The terms whose mask compares the policy with the behaviour policy."""
+        """The terms whose mask compares the policy with the behavior policy."""
         return frozenset(name for name, term in self.terms.items() if term.compares)
 
 
@@ -333,7 +333,7 @@ class Counted:
     tokens: Bool[Tensor, "B T"]
 
     def of(self, batch: Trajectories, source: Source) -> Counted:
-        """Those of one source. An empty trajectory counts with its kind, any other one if it has such tokens."""
+        """The part of one source. An empty trajectory counts with its kind, any other one if it has such tokens."""
         tokens = self.tokens & batch.source_tokens(source)
         has_tokens = tokens.any(dim=1) | ~batch.response_mask.any(dim=1)
         return Counted(self.rows & batch.source_rows(source) & has_tokens, tokens)
@@ -347,7 +347,7 @@ def _weights(reduction: Reduction, batch: Trajectories, own: Counted, in_any: Co
             "`over`, 'term' or 'batch', which says whose trajectories its divisor counts"
         )
     counting = own if reduction.over == "term" else in_any
-    # Of a trajectory that counts, the tokens that count. The others are not counted, and are shown as they are.
+    # In trajectories that count, the reduction sees only the tokens that count; in all others it sees every token.
     seen = batch.response_mask & (counting.tokens | ~counting.rows[:, None])
     whole = torch.equal(seen, batch.response_mask)
     view = reduction.view(batch if whole else replace(batch, response_mask=seen))

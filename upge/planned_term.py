@@ -29,7 +29,7 @@ class PlannedTerm:
         source: [B] True for the trajectories of the term's source.
         active: [B] True for those of them whose coefficient is not known to be 0.
         weights: [B, T] the reduction's w, 0 outside the active rows and the tokens of the source.
-        support: of the term.
+        support: the term's support.
         seen: [B, T] the tokens that the parts see; None = all.
         compares: whether the mask compares the policy with the behavior policy.
     """
@@ -57,7 +57,7 @@ class PlannedTerm:
 
     @property
     def on_support(self) -> bool:
-        """True if the term moves other tokens than the sampled one."""
+        """True if the term moves tokens other than the sampled one."""
         return not isinstance(self.support, SampledToken)
 
     def factors(self, batch: TokenView) -> TermFactors:
@@ -131,7 +131,7 @@ class PlannedTerm:
     def with_current(self, batch: Trajectories, share: Callable[[Tensor], Tensor]) -> PlannedTerm:
         """This term with its parts of reach 'batch' replaced by their values, see `Plan.with_current`.
 
-        They see the term's active trajectories; the others are hidden from them like padding.
+        These parts see only the term's active trajectories; the others are masked like padding.
         """
         if not self.pending:
             return self
@@ -170,8 +170,8 @@ class PlannedPenalty:
     def value(self, batch: Trajectories | PackedTokens, dtype: torch.dtype) -> Float[Tensor, ""]:
         """The value of the regularizer on a micro-batch.
 
-        Trajectories outside the regularizer's source are hidden from it like padding, because their penalty may
-        overflow and 0·∞ is NaN in value and gradient. A penalty of reach 'group' may need to read them, so it sees all
+        Trajectories on which the regularizer has weight 0 are masked like padding, because their penalty may overflow
+        and 0·∞ is NaN in value and gradient. A penalty of reach 'group' may need to read them, so it sees all
         trajectories.
         """
         scale, batch = batch.look_up(self.scale).to(dtype), batch.seeing(self.seen)

@@ -2,7 +2,7 @@
 
 A run with a memory counts the rollouts and the successes of each prompt and keeps the pass rate and the number of the
 step in which the prompt was last sampled. A `PromptMemory` adds the numbers that it tracks, and one value per prompt
-that it makes from them. Parts and gates read what was remembered *before* the step as the columns `prompt_value`,
+that it computes from them. Parts and gates read the memory *before* the step as the columns `prompt_value`,
 `prompt_attempts`, `prompt_successes`, `prompt_last_pass_rate` and `prompt_age` of the batch. `upge.Curriculum` draws
 prompts by the same numbers.
 """
@@ -28,13 +28,13 @@ Tracked = tuple[float, ...]
 
 @dataclass(frozen=True)
 class PromptRecord:
-    """What is remembered of a prompt. The default is that of a prompt that was never sampled.
+    """What is remembered of a prompt. The defaults are those of a prompt that was never sampled.
 
     Attributes:
-        attempts: rollouts so far.
-        successes: of them.
-        last_pass_rate: of the rollouts of the step in which it was last sampled; NaN before the first one.
-        last_step: the number of that step within the stage, from 0; -1 before the first one.
+        attempts: number of rollouts so far.
+        successes: number of successes among them.
+        last_pass_rate: pass rate in the step in which the prompt was last sampled; NaN if it never was.
+        last_step: the number of that step within the stage, from 0; -1 if there is none.
         tracked: the numbers of the algorithm's `PromptMemory`; empty before the first step.
     """
 
@@ -65,10 +65,10 @@ class PromptMemory(ABC):
 
         Args:
             tracked: the numbers before it.
-            rewards: of the prompt's rollouts in the step, in order of sampling.
-            drift: mean_t |log π(y_t) - log π_then(y_t)| over the response y that is remembered of the prompt, in nats.
-                π is the policy that sampled in this step, π_then the one that sampled y, in the step in which the
-                prompt was last sampled. It is 0 the first time, and if `wants_drift` is False.
+            rewards: the rewards of the prompt's rollouts in the step, in order of sampling.
+            drift: mean_t |log π(y_t) - log π_then(y_t)| in nats, for a response y from the step in which the prompt was
+                last sampled. π is the policy that sampled in this step, π_then the one that sampled y. It is 0 the
+                first time, and if `wants_drift` is False.
         """
 
     @abstractmethod
@@ -95,13 +95,14 @@ class PromptMemory(ABC):
 
 @dataclass(frozen=True)
 class DriftDecay:
-    """ρ = 2^(-drift/half_life), clipped to [low, high]: what is remembered counts less, the more the policy has moved.
+    """ρ = 2^(-drift/half_life), clipped to [low, high]: the more the policy has moved, the less the past counts.
 
     See arXiv 2509.13232 and `PromptMemory.updated`.
 
     Attributes:
-        half_life: the drift, in nats per token, at which what was remembered counts half.
-        low, high: bounds of ρ. The memory of a prompt is that of 1/(1 - ρ) rollouts at most.
+        half_life: the drift, in nats per token, at which the past counts half.
+        low, high: bounds of ρ. If n rollouts are sampled each time, the memory of a prompt tends to the weight of
+            n/(1 - ρ) rollouts.
     """
 
     half_life: float = 0.06
@@ -126,10 +127,10 @@ class DriftDecay:
 class DecayedMean(PromptMemory):
     """v = S/W, the mean of a prompt's rewards in which those of earlier steps count less:
 
-        S ← ρ·S + Σ R,   W ← ρ·W + n,   at first S = weight·start and W = weight,
+        S ← ρ·S + Σ R,   W ← ρ·W + n,   starting from S = weight·start and W = weight,
 
-    over its n rollouts of a step. For rewards of 0 and 1, S and W - S are the parameters of a Beta distribution whose
-    mean is v. A prompt's numbers do not change in steps that do not sample it.
+    where n is the number of the prompt's rollouts in a step. For rewards of 0 and 1, S and W - S are the parameters of
+    a Beta distribution whose mean is v. A prompt's numbers do not change in steps that do not sample it.
 
     Attributes:
         start: v before the first rollout.
@@ -170,19 +171,19 @@ class DecayedMean(PromptMemory):
         decay = f"2^(-drift/{self.decay.half_life:g})" if isinstance(self.decay, DriftDecay) else f"{self.decay:g}"
         bounds = f" within [{self.decay.low:g}, {self.decay.high:g}]" if isinstance(self.decay, DriftDecay) else ""
         return (
-            f"the mean reward, in which what was remembered counts {decay}{bounds} as much at each visit; begins at "
-            f"{self.start:g} with the weight {self.weight:g}"
+            f"the mean reward, in which the past counts {decay}{bounds} as much each time; begins at {self.start:g} "
+            f"with the weight {self.weight:g}"
         )
 
 
 class Remembered(NamedTuple):
-    """What a step reads of one prompt: as it was before the step.
+    """What a step reads of one prompt: its memory before the step.
 
     Attributes:
-        value: by the algorithm's `PromptMemory`.
-        attempts: rollouts before this step.
-        successes: of them.
-        last_pass_rate: in the step in which the prompt was last sampled; NaN if there is none.
+        value: the prompt's value by the algorithm's `PromptMemory`.
+        attempts: number of rollouts before this step.
+        successes: number of successes among them.
+        last_pass_rate: pass rate in the step in which the prompt was last sampled; NaN if it never was.
         age: steps since then. A prompt that was never sampled counts as sampled in step -1, before the first.
     """
 
@@ -194,7 +195,7 @@ class Remembered(NamedTuple):
 
 
 class PromptColumns(NamedTuple):
-    """The same of P prompts, as float64 and int64 columns. A prompt may occur several times."""
+    """`Remembered` for P prompts, as float64 and int64 columns. A prompt may occur several times."""
 
     value: Float[Tensor, "P"]
     attempts: Int[Tensor, "P"]

@@ -1,4 +1,4 @@
-"""Which prompts a step samples: drawn by weights that follow from the memory, and redrawn by a gate on the rollouts."""
+"""Which prompts a step samples: drawn with weights that the memory gives, and redrawn by a gate on the rollouts."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class NearPassRate(PromptWeight):
 
 @dataclass(frozen=True)
 class Uncertainty(PromptWeight):
-    """√(v(1 - v)) + floor, v the prompt's remembered value: the deviation of a reward of 0 or 1 (arXiv 2509.13232).
+    """√(v(1 - v)) + floor, v the prompt's remembered value: the std of a reward of 0 or 1 (arXiv 2509.13232).
 
     Attributes:
         floor: added, so that no prompt is forgotten.
@@ -141,15 +141,16 @@ class ProductOfWeights(PromptWeight):
 
 @dataclass(frozen=True)
 class Curriculum:
-    """Prompts are drawn with probabilities proportional to `weight`, from what the memory holds before the step.
+    """Prompts are drawn with probabilities proportional to `weight`, which reads the memory before the step.
 
-    The prompts of a step are drawn one after the other without replacement. They follow from seed, step and memory. A
-    mixture's sources keep their shares. The estimator is not corrected for the draw: it climbs the objective in which
-    prompts count by their weights.
+    The prompts of a step are drawn one after the other without replacement. Seed, step and memory determine them. In a
+    mixture of data sets, each keeps its share. The estimator is not corrected for the draw: it maximizes the objective
+    in which prompts count by their weights.
 
     Attributes:
-        weight: of a prompt.
-        redraw: also replace prompts by their rollouts; the replacements are drawn with the same weights. None = no.
+        weight: the weight of a prompt.
+        redraw: the rule that also replaces prompts depending on their rollouts; the replacements are drawn with the
+            same weights. None = no replacement.
     """
 
     weight: PromptWeight

@@ -1,8 +1,8 @@
 """Additive penalties, and the critic's loss.
 
 Each penalty adds coefficient · Σ w·penalty to the loss, summed over the trajectories of its source that count in some
-term, so the divisors of the terms stay as they are. A penalty on the sampled tokens gets its gradient by autograd. One
-on the whole distribution has the coefficients of a term on a support (`upge.support`). The critic's loss is separate,
+term, so the divisors of the terms do not change. A penalty on the sampled tokens gets its gradient by autograd. One on
+the whole distribution has the coefficients of a term on a support (`upge.support`). The critic's loss is separate,
 because the critic has its own parameters.
 """
 
@@ -74,7 +74,7 @@ class EntropyBonus(Regularizer):
 
     It is additive because its gradient is not a multiple of ∇π_θ(y_t). It is `DivergencePenalty` with `Surprisal` on
     the whole vocabulary, k_v = -π_v·log π_v at each candidate v. The output head evaluates this k in place, which is
-    faster, and with entropies in the batch no distributions are needed.
+    faster. A batch with entropies needs no distributions.
     """
 
     coefficient: float
@@ -134,12 +134,12 @@ class DivergencePenalty(Regularizer):
     """A divergence D of the policy's distribution at each token, exact where a `KLPenalty` has one sample.
 
     Its gradient has the coefficients k_v = π_θ(v)·Â_v/π_ref(v) of a term with this advantage, its `denominator` and
-    this support. In contrast to a term it adds no trajectories to those that count. No gradient flows through the
-    sampling of the states, as with `KLPenalty`.
+    this support. Unlike a term, it adds no trajectories to those that count. As with `KLPenalty`, no gradient flows
+    through the sampling of the states.
 
     Attributes:
-        advantage: of minus the divergence: `LogRatio` for KL(π_θ‖ν), `TargetProbability` for KL(ν‖π_θ), `JensenShannon`
-            or `Surprisal`, with the reference policy or the teacher as ν.
+        advantage: the derivative of minus D: `LogRatio` for KL(π_θ‖ν), `TargetProbability` for KL(ν‖π_θ),
+            `JensenShannon` or `Surprisal`, with the reference policy or the teacher as ν.
         support: the candidates; not the sampled token alone.
     """
 
@@ -162,7 +162,7 @@ class DivergencePenalty(Regularizer):
 
     @property
     def reads(self) -> frozenset[str]:  # pyright: ignore[reportIncompatibleVariableOverride] - follows from a part
-        """The columns of the denominator, which is no setting."""
+        """The columns of the denominator, which is not a field of this class."""
         return self.advantage.denominator.columns
 
     @property
@@ -171,7 +171,7 @@ class DivergencePenalty(Regularizer):
         return UnifiedGradient(NoMask(), self.advantage.denominator, self.advantage)
 
     def precompute_parts(self, batch: TrajectoryView, live: frozenset[str] = LIVE_COLUMNS) -> Component:
-        """As of `Component`; the columns of candidates are known only in the forward pass."""
+        """As in `Component`; the columns of candidates are known only in the forward pass."""
         return super().precompute_parts(batch, self.support.live)
 
     def __call__(self, batch: View) -> Float[Tensor, "N"]:

@@ -1,7 +1,7 @@
 """Replay of earlier rollouts: a share of a step's prompts comes from a buffer.
 
-What is kept and replayed follows from the seed, the step and the rollouts before. So a resumed run and any number of
-ranks replay the same ones.
+The seed, the step and the earlier rollouts determine what is kept and replayed, so it is the same in a resumed run and
+for any number of ranks.
 """
 
 from __future__ import annotations
@@ -22,10 +22,12 @@ class Replay:
     step that sampled it. Every replayed rollout keeps its reward and the log-probs of the policy that sampled it.
 
     Attributes:
-        share: of a step's prompts that are replayed, rounded down, as far as the buffer has enough; in [0, 1).
-        size: the most rollouts in the buffer. The prompts that have waited longest for a new rollout leave first.
-        keep: 'successes' = those of prompts that some and not all rollouts of a step have solved; a prompt that all
-            have solved leaves the buffer. 'all' = whole groups, of each prompt the newest. 'none' = nothing.
+        share: the share of a step's prompts that are replayed, rounded down, as far as the buffer has enough; in
+            [0, 1).
+        size: the maximum number of rollouts in the buffer. The prompts that have waited longest for a new rollout leave
+            first.
+        keep: 'successes' = the successes of prompts that some, but not all, rollouts of a step solved; a prompt that
+            all rollouts solved leaves the buffer. 'all' = whole groups, the newest of each prompt. 'none' = nothing.
         rollouts: number of replayed rollouts in a group, those with the largest mean log-prob; the others are fresh.
             None = the whole group, for keep='all'.
         prefer: 'half' = draw by k, the successes of the prompt's last group of n, with the weight e^(-(k - n/2)²/2),
@@ -33,7 +35,7 @@ class Replay:
         start: nothing is kept or replayed until a step's pass rate has reached this.
 
     Raises:
-        ConfigError: a setting is out of range, or whole groups are asked for of successes.
+        ConfigError: a setting is out of range, or whole groups are to be replayed but only successes kept.
     """
 
     share: float = 0.5

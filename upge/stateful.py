@@ -63,7 +63,7 @@ class StatefulGate(Gate):
         return self.due(step)
 
     def tracked(self, before: float | None, measured: float) -> float:
-        """What `updated` gets for a measured signal, from what it got before, None at first, and the measurement."""
+        """The value of a signal that `updated` gets, from its last value (None at first) and a new measurement."""
         return measured
 
     def __call__(self, batch: TrajectoryView) -> Float[Tensor, "B"]:
@@ -134,10 +134,10 @@ class MetaGradient(StatefulGate):
 
 @dataclass(frozen=True)
 class NoiseBalanced(StatefulGate):
-    """The share μ of demonstrations that makes the mean squared error of the mixed gradient least (arXiv 2605.26184).
+    """The share μ of demonstrations that minimizes the mean squared error of the mixed gradient (arXiv 2605.26184).
 
-    For gradients with noise of the variances σ_s² (demonstrations) and σ_r² (rollouts) that are Δ apart, the mixture
-    μ·g_s + (1-μ)·g_r is nearest to α·E g_s + (1-α)·E g_r, in the mean square, at
+    If the gradients have noise of variance σ_s² (demonstrations) and σ_r² (rollouts) and their means are Δ apart, the
+    mixture μ·g_s + (1-μ)·g_r is closest to α·E g_s + (1-α)·E g_r, in mean square, at
 
         μ* = (α·Δ² + σ_r²) / (Δ² + σ_s² + σ_r²).
 
@@ -149,10 +149,10 @@ class NoiseBalanced(StatefulGate):
     Attributes:
         variable: name of the variable.
         start: value before the first step.
-        target: α, the share of demonstrations in the gradient that is aimed at.
-        smoothing: β, also that of the exponential means.
+        target: α, the share of demonstrations in the target gradient.
+        smoothing: β, which the exponential means also use.
         prior: p as a function of the step.
-        blend: λ, the weight of the estimate beside the prior.
+        blend: λ, the weight of the estimate; the prior has 1 - λ.
         change: largest change of μ in one step.
         low, high: bounds of μ.
         every: number of steps between two measurements, the first of which is in the first step.
@@ -190,7 +190,7 @@ class NoiseBalanced(StatefulGate):
         return self.start
 
     def measured(self, step: int) -> bool:
-        """True every `every` steps, the first included."""
+        """True every `every` steps, including the first."""
         return step % self.every == 0
 
     def tracked(self, before: float | None, measured: float) -> float:

@@ -36,7 +36,7 @@ class Support(ABC):
 
     Attributes:
         live: class attribute; the columns that are known only in the policy's forward pass.
-        temperature: of the distributions that are compared and moved, beside the sampler's.
+        temperature: the temperature of the distributions that are compared and moved, on top of the sampler's.
     """
 
     live: ClassVar[frozenset[str]] = LIVE_COLUMNS | CANDIDATE_COLUMNS
@@ -123,7 +123,8 @@ class FullVocabulary(Support):
     """All tokens of the vocabulary, so that the sum over them is exact: nothing has to be divided by a probability.
 
     Attributes:
-        temperature: of the distributions that are compared and moved, beside the sampler's; 1 leaves them as they are.
+        temperature: the temperature of the distributions that are compared and moved, on top of the sampler's; 1 leaves
+            them unchanged.
     """
 
     temperature: float = 1.0
@@ -145,14 +146,15 @@ class FullVocabulary(Support):
 
 @dataclass(frozen=True)
 class TopK(Support):
-    """The `k` most likely tokens of the policy or of the teacher. Probabilities are not normalized anew.
+    """The `k` most likely tokens of the policy, the reference policy or the teacher.
 
-    The sum over the other tokens is missing, which is a bias; it falls with the mass outside the k tokens.
+    Probabilities are not renormalized. The sum over the other tokens is missing, which is a bias; it shrinks with the
+    probability mass outside the k tokens.
 
     Attributes:
         k: number of candidates.
-        of: whose most likely tokens.
-        temperature: as of `FullVocabulary`.
+        of: the model whose most likely tokens are the candidates.
+        temperature: as in `FullVocabulary`.
     """
 
     k: int = 32

@@ -23,7 +23,7 @@ from upge.trajectories import Source, Trajectories
 class Term:
     """coefficient · Σ_τ gate · w · Σ_t 1_stable · (1/π_ref) · Â · f′∇π_θ over the tokens of a source.
 
-    Of a rollout that begins with tokens of a demonstration, the parts see only the tokens of the source.
+    In a rollout that begins with demonstration tokens, the parts see only the tokens of the source.
 
     Attributes:
         source: the tokens that the term learns from: of 'rollouts', of 'demonstrations', of 'preference_pairs' or
@@ -57,7 +57,7 @@ class Term:
     def active(self, batch: Trajectories) -> Bool[Tensor, "B"]:
         """[B] True for trajectories of the source whose coefficient is not known to be 0 before the forward pass.
 
-        They have tokens of the source, or none at all.
+        A trajectory that has tokens, but none of the source, is not active.
         """
         tokens = batch.source_tokens(self.source).any(dim=1) | ~batch.response_mask.any(dim=1)
         closed = self.gate.closed(batch.seeing(batch.tokens_seen(self.source)))

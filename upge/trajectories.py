@@ -55,8 +55,8 @@ _ROUNDING = 2e-3
 class Trajectories(TrajectoryView):
     """A batch of responses: rollouts and demonstrations.
 
-    A rollout may begin with tokens of a demonstration that the policy has continued. It is then a rollout in statistics
-    of groups, and its demonstration tokens belong to the source 'demonstrations'.
+    A rollout may begin with tokens of a demonstration, which the policy continued. It still counts as a rollout in
+    statistics of groups, but its demonstration tokens belong to the source 'demonstrations'.
 
     Padding may hold any values, including NaN. The constructor sets entries outside `response_mask` to zero, so no part
     sees them.
@@ -64,14 +64,14 @@ class Trajectories(TrajectoryView):
     Attributes:
         logprobs: [B, T] log π_θ of each response token, with gradient; None before the forward pass.
         response_mask: [B, T] True on the tokens that count.
-        rewards: [B] the verifier's reward; for a correct demonstration the largest that the verifier gives, usually 1.
+        rewards: [B] the verifier's reward; for a correct demonstration, the verifier's largest reward, usually 1.
         group: [B] integers, equal for responses to the same prompt.
         is_demonstration: [B] True for expert responses, False for the model's own rollouts; None = all rollouts.
-        is_demonstration_token: [B, T] True for the tokens of expert responses and for those that a rollout begins with
-            and that come from one; None = the tokens of expert responses only.
-        is_guided: [B] True for rollouts that continue a demonstration's beginning, in the response or in the prompt;
-            None = those with such tokens in the response.
-        is_replayed: [B] True for rollouts that an earlier step sampled and this one learns from again; None = none.
+        is_demonstration_token: [B, T] True for the tokens of expert responses and for the demonstration tokens that a
+            rollout begins with; None = the tokens of expert responses only.
+        is_guided: [B] True for rollouts that continue the beginning of a demonstration, which stands in the response or
+            at the end of the prompt; None = rollouts with demonstration tokens in the response.
+        is_replayed: [B] True for rollouts that an earlier step sampled; None = none.
         behavior_logprobs: [B, T] log π_θold of the policy that generated the data; None = strictly on-policy.
         sampler_logprobs: [B, T] log-probs reported by the inference engine.
         reference_logprobs: [B, T] log-probs of the reference policy, for KL and preference pairs.
@@ -81,20 +81,21 @@ class Trajectories(TrajectoryView):
         score_norms: [B, T] ‖∂ log π/∂z‖² = 1 - 2π + Σ_v π(v|t)² of the policy at the start of the step, z its logits.
         finished: [B] True if the response ended by itself, False if it was cut at a length limit.
         preference: [B] +1 chosen, -1 rejected, 0 neither.
-        index: [B] identifies each trajectory within its step, whatever the order and the split; None = 0 to B - 1.
+        index: [B] a number that identifies each trajectory within its step, independent of order and split; None = 0 to
+            B - 1.
         step: number of training steps before this batch, for schedules.
         row: [B] index of each trajectory in the batch that it was selected from.
-        total_lengths: [B] the number of tokens that a response limit counts, which may include tokens of a
-            demonstration at the end of the prompt; None = those of `response_mask`.
-        state: variable name → current value, of each stateful gate.
+        total_lengths: [B] the number of tokens that count towards a response limit, which may include demonstration
+            tokens at the end of the prompt; None = the number of tokens in `response_mask`.
+        state: variable name → current value, for each stateful gate.
         pass_threshold: a rollout counts as a success above this reward.
-        prompt_value, prompt_attempts, prompt_successes, prompt_last_pass_rate, prompt_age: [B] what was remembered of
-            the trajectory's prompt before this step: see `upge.prompt_memory.PromptColumns`.
-        named_rewards: name → [B] the own reward of each verifier that `rewards` is a sum of; empty = not known.
-        reward_weights: name → its weight in the sum; a name that is missing has 1.
-        succeeded: [B] True for successes, where something else than `rewards` decides; None = `rewards` do.
+        prompt_value, prompt_attempts, prompt_successes, prompt_last_pass_rate, prompt_age: [B] the memory of the
+            trajectory's prompt before this step: see `upge.prompt_memory.PromptColumns`.
+        named_rewards: name → [B] the reward of each verifier whose weighted sum is `rewards`; empty = not known.
+        reward_weights: name → its weight in the sum; a missing name has weight 1.
+        succeeded: [B] True for successes; None = a reward above `pass_threshold` is a success.
         distributions: the next-token distributions, [B, T, V] log-probs each, for terms whose support is not the
-            sampled token; the trainer's output head provides them instead. Padding may hold any finite values.
+            sampled token. In training, the output head computes them instead. Padding may hold any finite values.
 
     Raises:
         ValueError: a column is not a tensor, or has the wrong shape, type or values. The message names the column,
@@ -214,9 +215,10 @@ class Trajectories(TrajectoryView):
         return torch.equal(self.row, torch.arange(len(self), device=self.row.device))
 
     def source_rows(self, source: Source) -> Bool[Tensor, "B"]:
-        """[B] True for the trajectories with tokens that `source` names, and for empty ones of its kind.
+        """[B] True for the trajectories that may have tokens of `source`.
 
-        The rejected response of a preference pair is not a demonstration.
+        For 'demonstrations' these are the demonstrations and the rollouts that begin with demonstration tokens, but not
+        the rejected responses of preference pairs.
 
         Raises:
             ConfigError: there is no such source, or it is 'preference_pairs' and the batch has no column `preference`.
@@ -235,7 +237,7 @@ class Trajectories(TrajectoryView):
         return shown if self.preference is None else shown & (self.preference >= 0)
 
     def source_tokens(self, source: Source) -> Bool[Tensor, "B T"]:
-        """[B, T] True for the tokens that `source` names: 'rollouts' for those not from a demonstration.
+        """[B, T] True for the tokens of `source`. Demonstration tokens in a rollout are not tokens of 'rollouts'.
 
         Raises:
             ConfigError: as for `source_rows`.
@@ -248,8 +250,8 @@ class Trajectories(TrajectoryView):
     def tokens_seen(self, source: Source) -> Bool[Tensor, "B T"] | None:
         """[B, T] the tokens that the parts of a term with this source see; None if they see all of them.
 
-        Of a rollout that begins with tokens of a demonstration they see those of the source, of any other trajectory
-        all tokens.
+        In a rollout that begins with demonstration tokens, they see only the tokens of the source. In every other
+        trajectory, they see all tokens.
         """
         guided = (self.is_demonstration_token & ~self.is_demonstration[:, None]).any(dim=1, keepdim=True)
         if source not in ("rollouts", "demonstrations") or not bool(guided.any()):
@@ -257,14 +259,14 @@ class Trajectories(TrajectoryView):
         return self.response_mask & (self.source_tokens(source) | ~guided)
 
     def select(self, rows: Int[Tensor, "b"], logprobs: Tensor | None = None, **columns: Tensor | None) -> Trajectories:
-        """A batch of the trajectories `rows`, without the columns after the last token that counts.
+        """A batch of the trajectories `rows`, cut after the last token that counts.
 
         `row` of the result refers to the batch that this batch was selected from.
 
         Args:
             logprobs: [b, at least the width of the result] the log-probs of the result, as a model gives them for a
-                micro-batch. Without them the result has neither entropies nor distributions, because all come from the
-                same forward pass.
+                micro-batch. Without them the result has neither entropies nor distributions, because all three come
+                from the same forward pass.
             columns: columns of the result that replace the selected ones, of any width like `logprobs`.
         """
         ends = self.response_mask[rows].any(dim=0).nonzero()
@@ -276,7 +278,7 @@ class Trajectories(TrajectoryView):
         return Trajectories(**picked)
 
     def with_rewards(self, rewards: Float[Tensor, "B"]) -> Trajectories:
-        """The same trajectories with other rewards, which then also decide on success, for the part that one wraps."""
+        """The same trajectories with other rewards, which then also determine success. For parts that wrap another."""
         if rewards.shape != self.response_mask.shape[:1]:
             raise ValueError(
                 f"rewards: expected shape {list(self.response_mask.shape[:1])}, found {list(rewards.shape)}"
@@ -292,7 +294,7 @@ class Trajectories(TrajectoryView):
         return self.at(*self.response_mask.nonzero(as_tuple=True))
 
     def at(self, rows: Int[Tensor, "N"], columns: Int[Tensor, "N"]) -> PackedTokens:
-        """The tokens at the given positions, in order, given by trajectory and index in the response."""
+        """The tokens at some positions, in order. A position is a trajectory's row and an index in its response."""
         assert self.row is not None
         picked: dict[str, Any] = {name: getattr(self, name) for name in TOKEN_COLUMNS}
         picked = {name: column if column is None else column[rows, columns] for name, column in picked.items()}

@@ -59,7 +59,7 @@ def first_line(error: BaseException) -> str:
 
 
 def check_yaml(text: str) -> None:
-    """Counts levels and values of a YAML text while it is parsed, without recursion and without expanding it.
+    """Count levels and values of a YAML text while it is parsed, without recursion and without expanding it.
 
     Text that is not YAML passes; the function that builds the tree reports it.
 
@@ -117,7 +117,7 @@ class _Expansion:
         self._tree, self._known = tree, dict[tuple[str, ...], tuple[int, int]]()
 
     def check(self) -> None:
-        """Raises ConfigError for a node with too much of either."""
+        """Raise ConfigError for a node with too much of either."""
         self._measure(self._tree, (), 0)
 
     def _measure(self, node: Any, path: tuple[str, ...], above: int) -> tuple[int, int]:

@@ -50,7 +50,7 @@ COLUMNS = frozenset((*TOKEN_COLUMNS, *TRAJECTORY_COLUMNS, NAMED_REWARDS, "is_sam
 #: Columns that exist only after the forward pass of the current policy. A part that reads one of them, itself or in a
 #: part that it wraps, is *live*. Every other part is known before the forward pass.
 LIVE_COLUMNS = frozenset({"logprobs", "entropies", "is_sampled"})
-#: Columns that may be None in a view: without the behaviour policy's log-probs the data are strictly on-policy.
+#: Columns that may be None in a view: without the behavior policy's log-probs the data are strictly on-policy.
 MAY_BE_ABSENT = frozenset({"behavior_logprobs"})
 #: A rollout counts as a success above this reward, unless a run sets another one.
 PASS_THRESHOLD = 0.5
@@ -67,7 +67,7 @@ class UndeclaredColumn(TypeError):
 
 
 class TokenView:
-    """What parts of reach `token` may use: per-token columns of any leading shape, and what follows from them.
+    """What parts of reach `token` may use: per-token columns of any leading shape, and values derived from them.
 
     A part may read the columns that it declares in `reads`. Reading one that the batch lacks raises an error, except
     for `behavior_logprobs`: it may be None, which means that the data are strictly on-policy.
@@ -88,19 +88,19 @@ class TokenView:
 
     @property
     def is_sampled(self) -> Bool[Tensor, "*shape"]:
-        """True for the sampled token; on a support with other candidates False for those (see `upge.support`)."""
+        """True for the sampled token, False for the other candidates of a support (see `upge.support`)."""
         return torch.ones_like(self.response_mask)
 
     @property
     def log_importance_ratio(self) -> Float[Tensor, "*shape"]:
-        """log π_θ/π_behavior per token, detached; zero when the data are strictly on-policy (no behaviour column)."""
+        """log π_θ/π_behavior per token, detached; zero when the data are strictly on-policy (no behavior column)."""
         current = self.logprobs.detach()
         behavior = self.behavior_logprobs
         return torch.zeros_like(current) if behavior is None else current - behavior
 
     @property
     def log_behavior(self) -> Float[Tensor, "*shape"]:
-        """log π_behavior per token, detached: the behaviour column, or the current policy's when strictly on-policy."""
+        """log π_behavior per token, detached: the behavior column, or the current policy's when strictly on-policy."""
         behavior = self.behavior_logprobs
         return self.logprobs.detach() if behavior is None else behavior
 
@@ -115,17 +115,17 @@ class TokenView:
 
     @abstractmethod
     def look_up(self, values: Tensor) -> Tensor:
-        """The entries of [B] or [B, T] `values` of the batch that this view was selected from, at its own places."""
+        """The entries at this view's places of `values`, [B] or [B, T] of the batch that it was selected from."""
 
     def seeing(self: _View, tokens: Bool[Tensor, "B T"] | None) -> _View:
-        """This batch with `tokens` of the planned batch as its response mask; itself for None."""
+        """This batch with its response mask restricted to `tokens` of the planned batch; itself for None."""
         if tokens is None:
             return self
         return replace(self, response_mask=self.response_mask & self.look_up(tokens))  # pyright: ignore
 
     @abstractmethod
     def per_token(self, values: Tensor) -> Tensor:
-        """The result of `look_up` of a [B] tensor, in a shape that broadcasts against per-token columns."""
+        """The result of `look_up` on a [B] tensor, in a shape that broadcasts against per-token columns."""
 
     @property
     @abstractmethod
@@ -194,11 +194,11 @@ class TrajectoryView(TokenView):
 
     @property
     def limited_lengths(self) -> Int[Tensor, "B"]:
-        """[B] the number of tokens that a response limit counts, also those that a part does not see."""
+        """[B] the number of tokens that count towards a response limit, including those that a part does not see."""
         return self.lengths if self.total_lengths is None else self.total_lengths
 
     def seeing(self: _View, tokens: Bool[Tensor, "B T"] | None) -> _View:
-        """As of `TokenView`; `limited_lengths` are unchanged."""
+        """As in `TokenView`; `limited_lengths` does not change."""
         if tokens is None:
             return self
         mask = self.response_mask & self.look_up(tokens)
@@ -266,7 +266,7 @@ class TrajectoryView(TokenView):
 
     @abstractmethod
     def with_rewards(self, rewards: Float[Tensor, "B"]) -> TrajectoryView:
-        """The same trajectories with other rewards, which then also decide on success, for the part that one wraps."""
+        """The same trajectories with other rewards, which then also determine success. For parts that wrap another."""
 
 
 class Distributions(NamedTuple):
@@ -323,7 +323,7 @@ class PackedTokens(TokenView):
     column: Int[Tensor, "N"] | None = None
 
     def __post_init__(self) -> None:
-        # Also where all tokens count: to find out would wait for the device, in each chunk of the output head.
+        # Done even if all tokens count: a check would synchronize with the device in every chunk of the output head.
         hide(self, self.response_mask)
 
     def __len__(self) -> int:
@@ -376,7 +376,7 @@ class _Declared:
             raise UndeclaredColumn(
                 f"{owner} reads the column '{name}' without declaring it; add \"{name}\" to its `reads`"
             )
-        # Only a part that reads `logprobs` can replace a missing behaviour column by them.
+        # Only a part that reads `logprobs` can replace a missing behavior column by them.
         may_be_absent = MAY_BE_ABSENT if "logprobs" in columns else frozenset()
         if value is None and name not in may_be_absent:
             raise ValueError(f"{name}: {owner} reads it, but this batch does not have it; pass `{name}=...`")

@@ -111,7 +111,7 @@ def test_what_is_refused(arguments, message):
     [
         ("{prompt} {hint}", "unknown field '{hint}'"),
         ("{answer}", "has no {prompt}"),
-        ("{prompt} {", "is no format string"),
+        ("{prompt} {", "is not a format string"),
     ],
 )
 def test_templates_that_are_refused(template, message):

@@ -71,8 +71,8 @@ class GroupRelative(AdvantageEstimator):
         normalize_std: True = divide by std R + epsilon.
         epsilon: added to the standard deviation.
         unbiased: True = the variance is divided by n - 1 instead of n.
-        baseline: whose rewards mean and std are taken over: the group's 'rollouts', or the whole 'group', including
-            its demonstrations (arXiv 2504.14945).
+        baseline: the trajectories whose rewards give mean and std: the group's 'rollouts', or the whole 'group',
+            including its demonstrations (arXiv 2504.14945).
     """
 
     normalize_std: bool = True
@@ -114,12 +114,11 @@ class GroupRelative(AdvantageEstimator):
 
 @dataclass(frozen=True)
 class GuidedRelative(AdvantageEstimator):
-    """Â where some rollouts of a group continue a demonstration, which makes success likelier (arXiv 2507.01679).
+    """Â for groups in which some rollouts, the guided ones, continue a demonstration (arXiv 2507.01679).
 
-    With `baseline` 'alike' it is R - mean R over the group's rollouts that are guided alike: of a guided rollout over
-    the guided ones, of a plain one over the plain ones. With 'plain' it is (R - mean R over the plain rollouts)/k for
-    the k guided ones of the group: how much better than alone the policy does with the demonstration's beginning. It is
-    0 in a group without plain rollouts.
+    With `baseline` 'alike', Â is R - mean R over the group's rollouts of the same kind, guided or plain. With 'plain',
+    Â is (R - mean R over the plain rollouts)/k in a group with k guided rollouts: how much better the policy does with
+    the beginning of the demonstration than without. It is 0 in a group without plain rollouts.
     """
 
     baseline: Literal["alike", "plain"] = "alike"
@@ -146,9 +145,9 @@ class GuidedRelative(AdvantageEstimator):
 class MeanNormalized(AdvantageEstimator):
     """Â = (R - mean R)/mean R over the group's rollouts; 0 where mean R ≤ 0 (arXiv 2602.02710).
 
-    For rewards of 0 and 1 and groups of n, on-policy, the expected mean of Â·∇log π(τ) is the gradient of the first
-    n - 1 terms of log P = -Σ_k (1 - P)^k/k, P the probability of success: ∇P for n = 2, and close to the gradient of
-    maximum likelihood, ∇log P, where n is large compared with 1/P.
+    For rewards of 0 and 1 and on-policy groups of n, the expected mean of Â·∇log π(τ) is the gradient of the first
+    n - 1 terms of log P = -Σ_k (1 - P)^k/k, P the probability of success. For n = 2 this is ∇P. For n much larger than
+    1/P it is close to the gradient of maximum likelihood, ∇log P.
     """
 
     reads: ClassVar[frozenset[str]] = GROUP_COLUMNS
@@ -186,9 +185,9 @@ class LeaveOneOut(AdvantageEstimator):
 
 @dataclass(frozen=True)
 class PromptBaseline(AdvantageEstimator):
-    """Â = R - v, v the value that the memory of prompts has of the trajectory's prompt before this step.
+    """Â = R - v, v the value of the trajectory's prompt in the memory of prompts before this step.
 
-    It is the column `prompt_value`, so the algorithm needs a `memory`, such as `upge.DecayedMean`. v does not depend on
+    v is the column `prompt_value`, so the algorithm needs a `memory`, such as `upge.DecayedMean`. v does not depend on
     the rollouts of this step, so it adds no bias, and one rollout per prompt is enough (arXiv 2509.13232).
     """
 
@@ -205,14 +204,14 @@ class PromptBaseline(AdvantageEstimator):
 class OptimalTokenBaseline(AdvantageEstimator):
     """Â_t = R - Σ W_t R/Σ W_t over the group's rollouts that have a token t, W_t = Σ_{k≤t} ‖∂ log π_k/∂z_k‖².
 
-    See arXiv 2602.07078. The baseline of each place t is the one with the smallest variance, if the squared length of a
-    response's score up to t is the sum of those of its tokens with respect to their logits z. W is the column
-    `score_norms`, summed. The baseline includes the sample itself, which is a bias of order 1/n in groups of n, as in
-    `GroupRelative`. A demonstration is compared with the baseline of its group's rollouts.
+    See arXiv 2602.07078. The baseline at each place t has the smallest variance, if the squared norm of a response's
+    score up to t is the sum of the squared norms of its tokens' scores with respect to their logits z. W_t is the
+    cumulative sum of the column `score_norms`. The baseline includes the sample itself, which is a bias of order 1/n in
+    groups of n, as in `GroupRelative`. A demonstration is compared with the baseline of its group's rollouts.
 
     Attributes:
-        alone: what the only rollout of its group with a token t gets there: 'reward' = R, as without a baseline; 'zero'
-            = 0, which is what the formula gives.
+        alone: Â_t of a rollout that is the only one of its group with a token t: 'reward' = R, as without a baseline;
+            'zero' = 0, which is what the formula gives.
     """
 
     alone: Literal["reward", "zero"] = "reward"
@@ -279,8 +278,8 @@ class PairwisePreference(AdvantageEstimator):
 class GroupClassification(AdvantageEstimator):
     """Â = ±(1/temperature)·e^∓z/(1 + Σ e^∓z), z = mean_t log(π_θ/π_behavior)/temperature (arXiv 2602.05630).
 
-    The upper signs and the sum are those of the group's successes, the lower ones those of its failures: a success
-    is pushed up the more, the less its likelihood has grown, and a failure the other way round. With the current policy
+    The upper signs and the sum are those of the group's successes, the lower ones those of its failures. A success is
+    pushed up more if its likelihood has grown less; for a failure it is the reverse. With the current policy
     as denominator this is minus the gradient of log(1 + Σ_successes e^-z) + log(1 + Σ_failures e^z), a classification
     of the group's rollouts by their likelihood ratio against an anchor at 0. It is 0 where all rollouts succeed or all
     fail. |Â| is below 1/temperature.
@@ -304,7 +303,7 @@ class GroupClassification(AdvantageEstimator):
         scores = masked_mean(batch.log_importance_ratio, batch.response_mask)
         sign = torch.where(success, 1.0, -1.0).to(scores.dtype)
         z = (-sign * scores[:, 0] / self.temperature).masked_fill(batch.is_demonstration, -math.inf)
-        index = 2 * batch.group_index + success.long()  # of each group, the right and the wrong responses
+        index = 2 * batch.group_index + success.long()  # per group: one for its failures, one for its successes
         largest = group_sum(torch.zeros_like(z), index).scatter_reduce(0, index, z, "amax")  # at least the anchor's 0
         total = torch.exp(-largest) + group_sum(torch.exp(z - largest[index]), index)
         values = sign * torch.exp(z - largest[index]) / (total[index] * self.temperature)

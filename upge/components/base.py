@@ -40,10 +40,10 @@ class Component(ABC):
     Attributes:
         reads: class attribute; names of the columns of `Trajectories` that the part reads. `response_mask` need not be
             listed.
-        reach: class attribute; 'token' if the value at a token needs only that token's columns (the part must then
-            work for any leading shape), 'trajectory' if it needs the whole response, 'group' if it needs the whole
-            group, 'batch' if it needs all tokens of an update (see `spans_update`). It matters only for live parts: all
-            others are evaluated once, on the whole batch.
+        reach: class attribute; what the value at a token needs: 'token' = only that token's columns (the part must then
+            work for any leading shape); 'trajectory' = the whole response; 'group' = the whole group; 'batch' = all
+            tokens of an update (see `spans_update`). It matters only for live parts: all others are evaluated once, on
+            the whole batch.
         reward_names: class attribute; the names of the `named_rewards` that the part reads, where these are known.
         min_group_size: class attribute; the minimum number of rollouts per prompt.
         sees_advantages: class attribute; True if the part is also called with Â per token: it is then evaluated after
@@ -101,7 +101,7 @@ class Component(ABC):
 
     @property
     def counts_demonstrations(self) -> bool:
-        """True if the part's values for rollouts depend on the demonstrations of their group, on purpose.
+        """True if the part's values for rollouts are meant to depend on the demonstrations of their group.
 
         A part that wants this sets the class attribute `counts_demonstrations = True`.
         """
@@ -116,7 +116,7 @@ class Component(ABC):
         """True if the part's values are computed before the forward pass, on the whole batch.
 
         Args:
-            live: the columns that exist only in or after the forward pass; more on a support (`upge.support`).
+            live: the columns that exist only in or after the forward pass; a support has more (`upge.Support.live`).
         """
         return not (self.columns & live or self.sees_advantages)
 

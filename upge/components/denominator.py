@@ -1,7 +1,7 @@
 """1/π_ref: the policy by whose probability a token's gradient is divided. Every part returns log π_ref, detached.
 
 With the plain likelihood gradient, the factor in front of ∇log π_θ is π_θ/π_ref: 1 for the current policy, the
-importance ratio for the behaviour policy, and π_θ for the unit denominator.
+importance ratio for the behavior policy, and π_θ for the unit denominator.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class BehaviorPolicy(ReferenceDenominator):
 
 @dataclass(frozen=True)
 class UnitDenominator(ReferenceDenominator):
-    """π_ref = 1, for offline data whose behaviour policy is unknown.
+    """π_ref = 1, for offline data whose behavior policy is unknown.
 
     The estimator is biased but stable (arXiv 2509.04419, section 2.3).
     """

@@ -1,10 +1,10 @@
 """Advantages towards another distribution: a teacher, the reference policy, or the uniform distribution.
 
 Each is the derivative of minus a divergence with respect to the policy's probability of a token, up to a constant. On
-the whole vocabulary (`upge.FullVocabulary`) the product of the four factors is then the exact gradient at each state;
-on the sampled token it is an estimate of it by one sample, divided by the probability of the policy that sampled. On a
-part of the vocabulary (`upge.TopK`) it is the gradient of the divergence of the probabilities of these tokens, as
-measures that need not add up to 1, such as Σ_v π log(π/ν) - π + ν.
+the whole vocabulary (`upge.FullVocabulary`), the product of the four factors is then the exact gradient at each state.
+On the sampled token, with the policy that sampled as denominator, it is a one-sample estimate of this gradient. On part
+of the vocabulary (`upge.TopK`), it is the gradient of a divergence between measures that need not add up to 1, such as
+Σ_v π log(π/ν) - π + ν over these tokens.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class LogRatio(_TowardsTarget):
 class TargetProbability(_TowardsTarget):
     """Â = ν: with the current policy as denominator the gradient of the forward KL, -KL(ν‖π_θ).
 
-    Maximum likelihood is the case of a ν that is 1 at the sampled token.
+    If ν is 1 at the sampled token, this is maximum likelihood.
 
     Attributes:
         target: ν, the 'teacher' or the 'reference' policy.
@@ -162,7 +162,7 @@ class JensenShannon(_TowardsTarget):
 class Surprisal(Divergence):
     """Â = -log π_θ: the gradient of the entropy. On the whole vocabulary, with `UnitDenominator`, it is exact.
 
-    As a divergence it is minus the entropy: up to a constant the KL from the uniform distribution.
+    Its divergence is minus the entropy, which is the KL from the uniform distribution up to a constant.
     """
 
     reads: ClassVar[frozenset[str]] = frozenset({"logprobs"})
@@ -194,8 +194,9 @@ class RatioSign(AdvantageEstimator):
 class SampledTarget(AdvantageEstimator):
     """Â = 1 at the sampled token and 0 at the others: maximum likelihood on a support beyond the sampled token.
 
-    It is for terms whose other parts look at the whole distribution, such as `upge.EntropyLikelihood`. On the sampled
-    token alone it is `ConstantAdvantage(1)`. `upge.TopK` moves nothing where the token is not among the k.
+    Use it in terms whose other parts look at the whole distribution, such as `upge.EntropyLikelihood`. On the sampled
+    token alone it is `ConstantAdvantage(1)`. With `upge.TopK`, a position whose sampled token is not among the k
+    contributes nothing.
     """
 
     reads: ClassVar[frozenset[str]] = frozenset({"is_sampled"})

@@ -120,10 +120,10 @@ class PowerLikelihood(LikelihoodGradient):
 
 @dataclass(frozen=True)
 class EntropyLikelihood(LikelihoodGradient):
-    """f′ = (H_k/scale)^power, H_k the entropy of the k likeliest tokens, normalized anew (arXiv 2601.02151).
+    """f′ = (H_k/scale)^power, H_k the entropy of the k most likely tokens, renormalized (arXiv 2601.02151).
 
-    Tokens of which the policy is certain lose their weight, whichever token the demonstration has. With π_ref = π_θ it
-    is the weight of ∇log π_θ, at most (log k/scale)^power.
+    Positions at which the policy is certain lose their weight, whichever token the demonstration has there. With
+    π_ref = π_θ, f′ is the weight of ∇log π_θ, at most (log k/scale)^power.
 
     Attributes:
         k: number of tokens; a smaller vocabulary is taken whole.
@@ -165,9 +165,9 @@ class EntropyLikelihood(LikelihoodGradient):
 class GammaLikelihood(LikelihoodGradient):
     """f′ = e^λ·W^k·e^(-λW), W = Π_t π_θ/π_behavior of the whole response, detached (arXiv 2602.10693).
 
-    k and λ are `positive` where Â ≥ 0 and `negative` where Â < 0. f′ is 1 on-policy, largest at W = k/λ, and falls to 0
-    on both sides: faster than any power of W above, like W^k below. With π_ref = π_θ it is the weight of ∇log π_θ in
-    place of the importance ratio, so it may exceed 1, unlike a mask.
+    k and λ are `positive` where Â ≥ 0 and `negative` where Â < 0. f′ is 1 on-policy and largest at W = k/λ. Above this
+    W it falls to 0 faster than any power of W, below it like W^k. With π_ref = π_θ, f′ replaces the importance ratio as
+    the weight of ∇log π_θ. Unlike a mask, it may exceed 1.
 
     Attributes:
         positive, negative: the pairs (k, λ).

@@ -1,4 +1,4 @@
-"""1_stable: which tokens may be updated. A mask returns 0 or 1 per token, and a soft mask any number between.
+"""1_stable: which tokens may be updated. A mask returns 0 or 1 per token, and a soft mask any number from 0 to 1.
 
 In the formulas, r = π_θ/π_behavior is the importance ratio of a token. Masks that decide about whole responses are in
 `sequence_mask`.
@@ -64,7 +64,7 @@ class NoMask(StabilizationMask):
 class HighEntropy(StabilizationMask):
     """1 on the tokens of a response at which the policy is least certain, 0 on the others (arXiv 2507.01679).
 
-    The ⌊(1 - share)·n⌋ of its n tokens with the lowest entropies are masked; of equal ones the first.
+    Of the n tokens of a response, the ⌊(1 - share)·n⌋ with the lowest entropies are masked. Ties go to earlier tokens.
     """
 
     share: float = 0.2
@@ -80,7 +80,7 @@ class HighEntropy(StabilizationMask):
         mask, entropies = batch.response_mask, batch.entropies.detach()
         # Padding sorts last.
         rank = entropies.masked_fill(~mask, math.inf).argsort(dim=1, stable=True).argsort(dim=1)
-        # 1 - 0.8 is a little less than 0.2, and a fifth of 5 tokens is one token.
+        # In floats 1 - 0.8 is a little less than 0.2. The tolerance keeps a fifth of 5 tokens at one token.
         dropped = ((1 - self.share) * mask.sum(dim=1, keepdim=True).double() + 1e-9).floor()
         return (mask & (rank >= dropped)).to(entropies.dtype)
 
@@ -193,8 +193,8 @@ class DivergenceClip(StabilizationMask):
     """1[D ≤ bound, or the step would reduce D], D the divergence from the behavior policy (arXiv 2602.04879).
 
     The rule of `PPOClip` with a bound on a divergence in place of the ratio: 0 where Â > 0, π_θ > π_behavior and
-    D > high, and where Â < 0, π_θ < π_behavior and D > low. The divergence is that of two outcomes, this token or
-    another one. A rare token may therefore change its ratio by much, and a likely one only by little.
+    D > high, and where Â < 0, π_θ < π_behavior and D > low. D compares distributions over two outcomes: this token or
+    any other. The ratio of a rare token may therefore change a lot, that of a likely token only a little.
 
     Attributes:
         low, high: the largest D where Â < 0 and where Â > 0.

@@ -2,7 +2,7 @@
 
 They see all tokens of their term in the update, whatever the split into micro-batches and the number of ranks. Ties are
 broken by `token_keys`, a pseudo-random number per token, so that no trajectory is preferred. Log-probs that differ only
-by rounding may rank in another order in another split.
+by rounding may rank differently in another split.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def token_keys(batch: TrajectoryView, seed: int = 0) -> Int[Tensor, "B T"]:
 def largest(
     values: Float[Tensor, "B T"], among: Bool[Tensor, "B T"], count: int, keys: Int[Tensor, "B T"]
 ) -> Bool[Tensor, "B T"]:
-    """[B, T] True for the `count` largest `values` of the tokens in `among`; of equal ones those of smaller `keys`."""
+    """[B, T] True for the `count` largest `values` of the tokens in `among`; ties go to smaller `keys`."""
     places = among.nonzero(as_tuple=True)
     order = keys[places].argsort()
     order = order[values[places][order].argsort(descending=True, stable=True)][:count]
@@ -54,7 +54,7 @@ def covariance(batch: TrajectoryView, advantages: Float[Tensor, "B T"]) -> Float
 
 
 def share_of(share: float, mask: Bool[Tensor, "B T"]) -> int:
-    """The number of tokens that are a share of those in `mask`, rounded down, but at least 1."""
+    """The number of tokens in a share of `mask`, rounded down, but at least 1."""
     return max(1, floor_of(share, int(mask.sum())))
 
 
@@ -68,10 +68,10 @@ class CovarianceClip(StabilizationMask):
     of a step draw in the same order.
 
     Attributes:
-        mask: the mask for the other tokens.
-        share: the largest share of tokens that is stopped.
+        mask: the mask that is applied first.
+        share: the largest share of the N tokens that is stopped in addition.
         low, high: bounds of cov.
-        seed: of the draw.
+        seed: the seed of the draw.
     """
 
     mask: StabilizationMask = PPOClip()

@@ -35,7 +35,7 @@ def kl_value(log_ratio: Tensor, kind: KLKind) -> Tensor:
 
 
 def discounted_sum(values: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], discount: float) -> Float[Tensor, "B T"]:
-    """[B, T] Σ_{k≥t} discount^(k-t)·values_k. Only the tokens of `mask` count, and k and t number them.
+    """[B, T] Σ_{k≥t} discount^(k-t)·values_k, where k and t number the tokens of `mask`; the others are skipped.
 
     The sums are built from windows of 1, 2, 4, ... tokens, in log₂ T operations on whole columns.
     """
@@ -67,8 +67,8 @@ class OutcomeReward(TokenReward):
 class KLPenalizedReward(TokenReward):
     """r_t - coefficient·k(π_old, π_0)_t: a KL penalty on each token's reward, as in arXiv 2009.01325.
 
-    The penalty is that of the policy that generated the data, not of the current one, so it is the same in all updates
-    of a step. It also applies to demonstrations, where π_old is the policy before the step's updates.
+    π_old is the policy that generated the data, not the current one, so the penalty is the same in all updates of a
+    step. It also applies to demonstrations, where π_old is the policy before the step's updates.
 
     Attributes:
         coefficient: the reward lost per nat.
@@ -84,7 +84,7 @@ class KLPenalizedReward(TokenReward):
         super().__post_init__()
         if self.coefficient < 0:
             raise ConfigError(
-                f"KLPenalizedReward.coefficient: {self.coefficient} would reward leaving the reference policy; "
+                f"KLPenalizedReward.coefficient: {self.coefficient} would reward a distance from the reference policy; "
                 "0.001 is customary with verified rewards"
             )
 
@@ -109,7 +109,7 @@ def _reward_formula(reward: TokenReward) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class GAE(AdvantageEstimator):
-    """Generalised advantage estimation: Â_t = Σ_k (discount·lam)^k δ_{t+k} with δ_t = r_t + discount·V_{t+1} - V_t.
+    """Generalized advantage estimation: Â_t = Σ_k (discount·lam)^k δ_{t+k} with δ_t = r_t + discount·V_{t+1} - V_t.
 
     See arXiv 1506.02438. V is 0 after the last token that counts. Tokens that do not count are skipped.
     """

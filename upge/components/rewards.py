@@ -16,7 +16,7 @@ from upge.views import LIVE_COLUMNS, NAMED_REWARDS, TokenView, TrajectoryView
 
 
 def check_reads_total(part: AdvantageEstimator, owner: str) -> None:
-    """Refuse an advantage that looks up rewards by name inside one that changes `rewards`, and so would be ignored.
+    """Refuse an advantage that reads rewards by name inside one that changes `rewards`, which would have no effect.
 
     Raises:
         ConfigError: `part`, or a part that it wraps, reads `named_rewards`.
@@ -25,7 +25,7 @@ def check_reads_total(part: AdvantageEstimator, owner: str) -> None:
         if NAMED_REWARDS in inner.reads:
             raise ConfigError(
                 f"{owner}.{path}: {type(inner).__name__} reads rewards by name, so it would ignore those that {owner} "
-                f"gives it; put {owner} inside of it, or give an advantage of `rewards`, such as upge.GroupRelative"
+                f"gives it; put {owner} inside it, or give an advantage of `rewards`, such as upge.GroupRelative"
             )
 
 
@@ -45,7 +45,7 @@ def rewarded_by(batch: TrajectoryView, name: str) -> TrajectoryView:
 class OfReward(AdvantageEstimator):
     """The inner Â of one of several rewards: R ← R_name, without its weight.
 
-    Where the inner advantage asks for successes, a reward R_name above the batch's `pass_threshold` is one.
+    For an inner advantage that reads successes, a reward R_name above the batch's `pass_threshold` is a success.
 
     Attributes:
         reward: the name of the reward; a key of `Trajectories.named_rewards`.

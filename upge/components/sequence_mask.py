@@ -88,7 +88,7 @@ class SequenceSamplerBand(StabilizationMask):
 
 @dataclass(frozen=True)
 class OffPolicySequenceMask(StabilizationMask):
-    """1[Â ≥ 0, or mean_t log(π_old/π_θ) ≤ threshold]: drops what is bad and has become unlikely (arXiv 2512.02556).
+    """1[Â ≥ 0, or mean_t log(π_old/π_θ) ≤ threshold]: drops bad responses that became unlikely (arXiv 2512.02556).
 
     The mean is over the whole response, an estimate of KL(π_old‖π_θ) per token.
 

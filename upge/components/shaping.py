@@ -87,8 +87,8 @@ class FutureKLShaped(AdvantageEstimator):
     Attributes:
         half_life: distance in tokens at which a later token counts half; inf = all count the same.
         low, high: bounds of the factor, which is 1 on-policy.
-        outlier: a token with r above it does not count in the sums; None = all count.
-        safe: where Â < 0 and r is above it, the factor is at most 1; None = nowhere.
+        outlier: tokens with r above this bound are left out of the sums; None = none.
+        safe: where Â < 0 and r is above this bound, the factor is at most 1; None = nowhere.
     """
 
     advantage: AdvantageEstimator
@@ -137,12 +137,12 @@ class FutureKLShaped(AdvantageEstimator):
 class Whitened(AdvantageEstimator):
     """(Â - mean Â)/√(var Â + epsilon), with mean and variance over the rollouts of the batch (arXiv 2501.03262).
 
-    The variance is the unbiased one. Demonstrations are whitened with the rollouts' mean and variance. A batch with
-    fewer than two rollout tokens, or rollouts with tokens, gives zeros.
+    The variance is the unbiased one. Demonstrations are whitened with the rollouts' mean and variance. All values are 0
+    if the mean is over fewer than two numbers.
 
     Attributes:
-        over: 'tokens' = mean and variance over rollout tokens; 'rollouts' = over rollouts that have tokens, of the mean
-            Â of each, so that long responses do not count more (arXiv 2601.05242).
+        over: 'tokens' = mean and variance over rollout tokens; 'rollouts' = over one number per rollout, the mean Â of
+            its tokens, so that long responses do not count more (arXiv 2601.05242).
     """
 
     advantage: AdvantageEstimator
@@ -170,8 +170,8 @@ class Whitened(AdvantageEstimator):
         if number < 2:
             return torch.zeros_like(values)
         samples = torch.where(counted, samples, 0.0)
-        # A sum that is 0 up to rounding, as of advantages relative to a group, must not give a group that has no
-        # advantages a tiny one.
+        # Advantages relative to a group add up to 0 except for rounding. Subtracting the rounding error would give
+        # groups whose advantages are all 0 tiny non-zero ones.
         total, rounding = samples.sum(), number * torch.finfo(samples.dtype).eps * samples.abs().sum()
         mean = torch.where(total.abs() <= rounding, 0.0, total / number)
         variance = torch.where(counted, (samples - mean).square(), 0.0).sum() / (number - 1)
@@ -211,8 +211,8 @@ class Tempered(AdvantageEstimator):
 class PrefixWeighted(AdvantageEstimator):
     """Â_t·(1 + gamma·(1 - Σ_{k<t}|Â_k| / Σ_k|Â_k|)) (arXiv 2606.22600).
 
-    The weight falls from 1 + gamma at the first token towards 1, by the share of the response's total |Â| that earlier
-    tokens have.
+    The weight is 1 + gamma at the first token. It falls towards 1 as the share of the response's total |Â| that earlier
+    tokens have grows.
     """
 
     advantage: AdvantageEstimator
@@ -272,7 +272,7 @@ class OverlongShaped(AdvantageEstimator):
 
     Attributes:
         advantage: the inner advantage. Demonstrations keep their rewards.
-        limit: number of tokens from which on the full penalty applies; the run's response limit.
+        limit: number of tokens from which the full penalty applies, usually the run's response limit.
         buffer: the share of the limit over which the penalty rises.
         penalty: the full penalty. 0.5 for rewards in [0, 1] corresponds to 1 for the rewards ±1 of the paper.
     """

@@ -157,7 +157,8 @@ class FullKL(Correction):
 class KLInReward(Correction):
     """A KL penalty towards the reference policy in the reward: each token loses coefficient·k, see `upge.KLShaped`.
 
-    Terms whose advantage reads no reward, such as the penalty of KL-Cov, are unchanged beside one that does.
+    If the advantage of some term reads rewards, terms whose advantage reads none, such as the penalty of KL-Cov, are
+    unchanged.
 
     Attributes:
         coefficient: the reward lost per nat.
@@ -256,7 +257,8 @@ class DualClip(Correction):
 class SequenceMask(Correction):
     """Masks responses with Â < 0 that have become unlikely (arXiv 2512.02556), see `upge.OffPolicySequenceMask`.
 
-    A term with the advantage `upge.RatioSign` is not masked: it is a penalty, whose sign does not judge the response.
+    A term with the advantage `upge.RatioSign` is not masked: it is a penalty, whose sign does not mean that the
+    response is bad.
 
     Attributes:
         threshold: the largest mean_t log(π_old/π_θ), in nats per token.
@@ -280,7 +282,7 @@ class SequenceMask(Correction):
             if not any(isinstance(part, RatioSign) for _, part in walk(term.estimator.advantage, "advantage"))
         ]
         if not names:
-            raise NotApplicable("its terms over rollouts are penalties (RatioSign), which judge no response")
+            raise NotApplicable("its terms over rollouts are penalties (RatioSign), which do not rate responses")
         return mask_with(algorithm, self._mask(), names)
 
 
@@ -289,7 +291,7 @@ class OptimalBaseline(Correction):
     """Replaces `upge.GroupRelative` and `upge.LeaveOneOut` by `upge.OptimalTokenBaseline`, which divides by no std.
 
     Attributes:
-        alone: as of `upge.OptimalTokenBaseline`.
+        alone: as in `upge.OptimalTokenBaseline`.
     """
 
     alone: Literal["reward", "zero"] = "reward"
@@ -315,7 +317,7 @@ class OverlongFilter(Correction):
     """Rollouts that were cut at the length limit have no gradient and count in no divisor (arXiv 2503.14476).
 
     This includes the demonstration tokens that a guided rollout begins with, if their advantage reads rewards. A term
-    that imitates them whatever the reward is not changed.
+    that imitates them regardless of the reward is not changed.
     """
 
     def apply(self, algorithm: Algorithm) -> Algorithm:
@@ -336,7 +338,7 @@ class Overlong(Correction):
     Advantages and a critic's returns read the penalized rewards. Gates and pass rates read the verifier's rewards.
 
     Attributes:
-        limit: number of tokens from which on the full penalty applies; the run's response limit.
+        limit: number of tokens from which the full penalty applies, usually the run's response limit.
         buffer: the share of the limit over which the penalty rises.
     """
 
@@ -376,6 +378,7 @@ class Overlong(Correction):
 
 
 __all__ = [
+    "IWOPD",
     "MIS",
     "TIS",
     "Correction",

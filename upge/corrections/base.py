@@ -94,8 +94,8 @@ def sampled_terms(algorithm: Algorithm) -> dict[str, Term]:
 def wrap(algorithm: Algorithm, slot: str, change: Callable[[Any], Any], names: list[str] | None = None) -> Algorithm:
     """Replace the part in one slot of the estimators: 'mask', 'denominator', 'advantage' or 'likelihood'.
 
-    A part that holds the changed advantage gets the new one: a denominator or a mask of the same term, because it needs
-    its sign, or a mask of another term, because it ranks by it.
+    A part that contains the changed advantage gets the new one: a denominator or mask of the same term that uses the
+    sign of Â, or a mask of another term that ranks tokens by Â.
 
     Args:
         change: the function from the old to the new part; called once per term.

@@ -19,7 +19,7 @@ class DynamicSampling(Correction):
     Prompts on which it is still closed after the last round do not count in the divisors.
 
     Attributes:
-        gate: the gate; it may read only rewards and groups.
+        gate: the gate; it may read only rewards, groups and the memory of prompts.
     """
 
     gate: Gate = PassRateBetween(0.0, 1.0)
@@ -48,10 +48,10 @@ class DynamicSampling(Correction):
 
 @dataclass(frozen=True)
 class Curriculum(Correction):
-    """Draws prompts with probabilities proportional to `weight`; dynamic sampling, where there is any, stays.
+    """Draws prompts with probabilities proportional to `weight`. Dynamic sampling, if there is any, is kept.
 
     Attributes:
-        weight: of a prompt, by what is remembered of it.
+        weight: the weight of a prompt, from its memory.
         memory: what is tracked of each prompt, for algorithms without a memory of their own.
     """
 
@@ -61,7 +61,7 @@ class Curriculum(Correction):
     def apply(self, algorithm: Algorithm) -> Algorithm:
         rollout_terms(algorithm)
         if algorithm.replay is not None:
-            raise NotApplicable("its replay takes the places of drawn prompts, whose weights would not hold")
+            raise NotApplicable("its replay replaces drawn prompts, so prompts would not be drawn by their weights")
         if algorithm.curriculum is not None:
             raise NotApplicable("it already draws prompts by weights; change these by algo.sampling.weight.KEY=VALUE")
         sampling = core.Curriculum(self.weight, redraw=algorithm.dynamic_sampling)
@@ -80,19 +80,19 @@ def _check_learns_from_sampled(algorithm: Algorithm, sampling_gate: Gate) -> Non
             if algorithm.guidance is not None:
                 learned, lost = "the beginnings of demonstrations that its rollouts continue", "these beginnings"
             raise NotApplicable(
-                f"its term '{name}' learns from {learned}, and sampling would replace the questions that all rollouts "
+                f"its term '{name}' learns from {learned}, and sampling would replace the prompts that all rollouts "
                 f"fail or solve, together with {lost}; {_IN_A_FILE}"
             )
     if algorithm.interleaved_update is not None:
         raise NotApplicable(
-            "its `interleaved_update` collects questions by their pass rate, and sampling would replace these; "
+            "its `interleaved_update` collects prompts by their pass rate, and sampling would replace these; "
             f"{_IN_A_FILE}"
         )
     for name, term in algorithm.terms.items():
         rate = _open_rate(term.gate, sampling_gate)
         if rate is not None:
             raise NotApplicable(
-                f"the gate of its term '{name}' chooses questions by their pass rate and is open at {rate:g}, where "
+                f"the gate of its term '{name}' chooses prompts by their pass rate and is open at {rate:g}, where "
                 f"sampling would replace them; {_IN_A_FILE}"
             )
 

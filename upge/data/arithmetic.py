@@ -36,8 +36,8 @@ class Arithmetic:
 
     The rejected response of a preference pair is such a solution with a mistake, see `flawed_solution`.
 
-    A hash of a problem's sorted terms decides which side it is on (see `side`). So problems with the same terms, in any
-    order, are always on the same side, whatever the seeds and sizes of two data sets.
+    A hash of a problem's sorted terms decides which side it is on (see `side`). Problems with the same terms, in any
+    order, are therefore always on the same side, even in two data sets with other seeds and sizes.
 
     Attributes:
         levels: the difficulty levels, each "N numbers" (sums) or "N mixed" (with at least two differences, or one if N
@@ -45,7 +45,7 @@ class Arithmetic:
         train_size, evaluation_size: number of problems on each side, divided evenly among the levels. If that leaves a
             remainder, the first levels get one problem more. The order interleaves the levels. A larger size keeps the
             problems of a smaller one.
-        evaluation_levels: the levels of the evaluation, if they are others; None = `levels`.
+        evaluation_levels: the levels of the evaluation side; None = `levels`.
         largest: the numbers are from 1 to `largest`.
         seed: another seed draws other problems.
 
@@ -78,7 +78,7 @@ class Arithmetic:
                 raise ConfigError(f"data.{key}: found {getattr(self, key)}; give a number of at most {MOST}")
 
     def load(self) -> Splits:
-        """Draws the problems of both sides. Equal settings give equal problems in the same order."""
+        """Draw the problems of both sides. Equal settings give equal problems in the same order."""
         evaluation_levels = self.levels if self.evaluation_levels is None else self.evaluation_levels
         return Splits(
             self._side("train", self.levels, self.train_size),
@@ -124,14 +124,14 @@ def parse_level(level: str, key: str = "data.levels") -> tuple[int, bool]:
     match = _LEVEL.fullmatch(level)
     if not match:
         raise ConfigError(
-            f"{key}: '{level}' is no level; expected 'N numbers' or 'N mixed' with N from 2 "
+            f"{key}: '{level}' is not a level; expected 'N numbers' or 'N mixed' with N from 2 "
             f"to 9; {nearest(level, LEVELS)}"
         )
     return int(match[1]), match[2] == "mixed"
 
 
 def _most_problems(level: str, largest: int) -> int:
-    """At least as many as a level has problems."""
+    """An upper bound of the number of problems of a level."""
     count, differences = parse_level(level)
     return largest**count * 2 ** (differences * (count - 1))
 

@@ -1,11 +1,11 @@
 """Reads the cells of a table: texts, numbers, chat messages and options of a question.
 
 Every function but `has` and `is_blank` raises a DataError that names the row, if there is no such column or if it holds
-anything else than the function reads.
+something that the function does not read.
 
-Chat messages are mappings with `role` and `content`, as of OpenAI, or with `from` and `value`, as of ShareGPT. A
-content is text or a list of parts of type text. Lists of messages or texts may be stored as JSON text, as in CSV files.
-A conversation of several turns ends with the user's turn that is to be answered, or with the assistant's answer to it.
+Chat messages are mappings with `role` and `content` (OpenAI) or with `from` and `value` (ShareGPT). A content is text
+or a list of parts of type text. Lists of messages or texts may be stored as JSON text, as in CSV files. A conversation
+of several turns ends with the user's turn that is to be answered, or with the assistant's answer to it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from upge.errors import DataError, nearest
 _ABSENT = object()
 #: Other names of the roles of a message.
 _ROLES = {"human": "user", "gpt": "assistant", "developer": "system"}
-#: Attribute of a problem → names under which published data sets have it, the most telling first.
+#: Attribute of a problem → names under which published data sets have it, the most specific first.
 _USUAL = {
     "prompt": ("prompt", "question", "problem", "query", "instruction", "messages", "conversations", "input"),
     "answer": ("answer", "ground_truth", "reward_model.ground_truth", "final_answer", "gold", "label", "target"),
@@ -68,7 +68,7 @@ def text_if_any(record: Record, column: str) -> str | None:
 
 
 def value(record: Record, column: str, attribute: str = "") -> Cell:
-    """The value in a column, of any type. `attribute` is what the column is read for, for the message of an error."""
+    """The value in a column, of any type. `attribute` names what the column is read for, for error messages."""
     cell = _find(record.values, column)
     if cell is _ABSENT:
         known = list(_names(record.values))
@@ -94,7 +94,7 @@ def prompt(record: Record, column: str, *, has_response: bool = False) -> Asked:
 
 
 def _asked(turns: list[tuple[str, Cell]], chat: list[tuple[str, Cell]], record: Record, column: str) -> Asked:
-    """Turns as a prompt. `chat` is the conversation that they are from, for the message of an error."""
+    """Turns as a prompt. `chat` is the conversation that they are from, for error messages."""
     own = turns[1:] if turns and turns[0][0] == "system" else turns
     if not own or own[-1][0] != "user" or any(role not in ("user", "assistant") for role, _ in own):
         is_answered = chat[-1][0] == "assistant" and turns is chat
@@ -264,7 +264,7 @@ def _texts(cell: Cell) -> list[str] | None:
 
 
 def _decoded(cell: Cell) -> Cell:
-    """A list that is stored as JSON text; anything else as it is."""
+    """A list that is stored as JSON text, decoded; anything else unchanged."""
     if not isinstance(cell, str) or not cell.lstrip().startswith("["):
         return cell
     try:
@@ -312,13 +312,13 @@ def _number(cell: Cell) -> str | None:
 
 
 def _as_text(cell: Cell, record: Record, column: str, expected: str) -> str:
-    """A cell that holds text that is not blank; `expected` is for the message of the DataError that it raises else."""
+    """The text of a cell. Anything but text that is not blank raises a DataError, whose message names `expected`."""
     if not isinstance(cell, str) or not cell.strip():
         inner = next(iter(cell), None) if isinstance(cell, Mapping) else None
         hint = "" if inner is None else f"; a part of it is named as in '{column}.{inner}'"
         raise DataError(f"{record.where}: column '{column}' holds {_short(cell)}; expected {expected}{hint}")
     if any("\ud800" <= letter <= "\udfff" for letter in cell):
-        raise DataError(f"{record.where}: column '{column}' holds half a surrogate pair, which is no character")
+        raise DataError(f"{record.where}: column '{column}' holds half a surrogate pair, which is not a character")
     return cell
 
 

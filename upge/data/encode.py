@@ -44,7 +44,7 @@ class Encoded:
         dropped_demonstrations: demonstrations dropped because they were too long.
         truncated_demonstrations: demonstrations cut to the limit, which therefore have no final answer.
         dropped_pairs: examples that lost their preference pair because one of its responses was too long.
-        truncated_pairs: examples with a preference pair of which a response was cut to the limit.
+        truncated_pairs: examples with a preference pair in which a response was cut to the limit.
     """
 
     examples: tuple[Example, ...]
@@ -66,11 +66,11 @@ def encode(
     demonstrations: bool = True,
     pairs: bool = True,
 ) -> Encoded:
-    """Encodes prompts, demonstrations and rejected responses.
+    """Encode prompts, demonstrations and rejected responses.
 
     Args:
         problems: what to encode.
-        prompting: how prompts are made of problems.
+        prompting: encodes prompts and responses.
         max_prompt_tokens: limit for prompts.
         max_response_tokens: limit for demonstrations and rejected responses, including the end-of-sequence token.
         overlong_prompts: policy for problems whose prompt exceeds the limit.
@@ -140,7 +140,7 @@ def _limited(
     limit: int,
     policy: str,
 ) -> tuple[list[Sequence[int] | None], set[int]]:
-    """Encodes (index of problem, text) pairs under a policy for those over the limit.
+    """Encode (index of problem, text) pairs under a policy for those over the limit.
 
     Returns:
         The token ids of each text, None for a dropped one, and the set of those that were too long.

@@ -23,7 +23,8 @@ class Record:
 
     Attributes:
         values: column → value, which may be nested.
-        number: its line in a JSON-lines file, else its row, from 1; after the name of its file if there are several.
+        number: its line in a JSON-lines file, else its row, from 1. If there are several files, the name of its file
+            comes before it.
         where: its place for messages, `file:line` or `file: row N`.
     """
 
@@ -91,7 +92,7 @@ def _line(text: str, number: int, where: str) -> Record:
     try:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:
-        reason = "nested too deep" if isinstance(error, RecursionError) else getattr(error, "msg", first_line(error))
+        reason = "nested too deeply" if isinstance(error, RecursionError) else getattr(error, "msg", first_line(error))
         raise DataError(f"{where}: not JSON ({reason}); expected one object a line") from error
     return _record(values, number, where)
 
@@ -104,7 +105,7 @@ def _json(path: Path) -> list[Record]:
         hint = "; a file of one object a line is called .jsonl" if error.msg == "Extra data" else ""
         raise DataError(f"{path}:{error.lineno}: not JSON ({error.msg}); expected a list of objects{hint}") from error
     except (ValueError, RecursionError) as error:
-        reason = "nested too deep" if isinstance(error, RecursionError) else first_line(error)
+        reason = "nested too deeply" if isinstance(error, RecursionError) else first_line(error)
         raise DataError(f"{path}: not JSON ({reason}); expected a list of objects") from error
     if not isinstance(rows, list):
         raise DataError(f"{path}: found a JSON {type(rows).__name__}, expected a list of objects")

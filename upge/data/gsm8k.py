@@ -36,7 +36,7 @@ class GSM8K:
     Attributes:
         path: a folder with train.jsonl and test.jsonl (training and evaluation), or one file. Of one file, a tenth of
             the questions is for evaluation. A hash of the question alone decides which (see `upge.data.splits`). None
-            loads GSM8K from the hub (openai/gsm8k; never run).
+            loads GSM8K from the hub (openai/gsm8k).
         train_size, evaluation_size: number of rows to take from the beginning of each side; None takes all.
 
     Raises:
@@ -54,7 +54,7 @@ class GSM8K:
         check_sizes(self.train_size, self.evaluation_size)
 
     def load(self) -> Splits:
-        """Reads the files, or the hub's two splits. Rows keep their order."""
+        """Read the files, or the hub's two splits. Rows keep their order."""
         path = Path(self.path).expanduser() if self.path else None
         if path is None or path.is_dir():
             train, evaluation = _sides(path)
@@ -80,7 +80,7 @@ def _as_problem(record: Record, name: str) -> Problem:
     answer, demonstration = _solution(record, "answer")
     rejected = _solution(record, "rejected")[1] if cells.has(record, "rejected") else None
     if rejected == demonstration:
-        raise DataError(f"{record.where}: the columns 'answer' and 'rejected' say the same; a pair needs two responses")
+        raise DataError(f"{record.where}: the columns 'answer' and 'rejected' are equal; a pair needs two responses")
     return Problem(
         id=f"{name}:{record.number}",
         prompt=question,

@@ -21,7 +21,7 @@ from upge.errors import ConfigError, ModelError, nearest
 from upge.trees import first_line
 
 FIELDS = ("prompt", "system")
-#: Arguments of transformers' `apply_chat_template` that are no variables of a template, or that are set here.
+#: Arguments of transformers' `apply_chat_template` that are not variables of a template, or that are set here.
 RESERVED = (
     *("conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt", "tokenize"),
     *("continue_final_message", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
@@ -54,9 +54,9 @@ class Prompting:
             added in front, and the special token that ends a turn in a chat template is added at the end.
 
     Raises:
-        ConfigError: the template is not a format string with {prompt}, or the tokenizer has no chat template, or one
-            without a variable of `template_arguments`, or (by `text`) the chat template refuses a problem's messages,
-            or a format string gets a conversation of several turns.
+        ConfigError: the template is not a format string with {prompt}; the tokenizer has no chat template, or one
+            without a variable of `template_arguments`; or, by `text`, the chat template refuses a problem's messages or
+            a format string gets a conversation of several turns.
         ModelError: the tokenizer has no end-of-sequence token.
     """
 
@@ -90,7 +90,7 @@ class Prompting:
 
     @classmethod
     def load(cls, path: str, **settings: Any) -> Prompting:
-        """Loads the tokenizer and the stop tokens of a model.
+        """Load the tokenizer and the stop tokens of a model.
 
         Args:
             path: a folder or hub name. Its generation_config.json may add stop tokens.
@@ -127,7 +127,7 @@ class Prompting:
         return [tuple(ids) for ids in encoded]
 
     def _prompt_ids(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
-        # A chat template writes the special tokens itself. To a format string the tokenizer adds its BOS.
+        # A chat template writes the special tokens itself. For a format string, the tokenizer adds its BOS.
         if self.template == "chat":
             return self._tokens(texts, add_special_tokens=False)
         encoded = self._tokens(texts, add_special_tokens=True)
@@ -182,7 +182,7 @@ class Prompting:
 
     def decode(self, responses: Sequence[Sequence[int]]) -> list[str]:
         """Responses as text, without special tokens."""
-        # Of an empty list the tokenizer would make one text.
+        # The tokenizer would turn an empty list into one text.
         return self.tokenizer.batch_decode(list(responses), skip_special_tokens=True) if responses else []
 
     def read(self, token_ids: Sequence[int]) -> str:
@@ -221,7 +221,7 @@ class Prompting:
             ) from error
 
     def _check_arguments(self, name: str) -> None:
-        """Refuses arguments that would have no effect: the template is a format string or does not read them."""
+        """Refuse arguments that would have no effect: the template is a format string or does not read them."""
         if not self.template_arguments:
             return
         if self.template != "chat":
@@ -322,7 +322,7 @@ def _generation_stops(path: str) -> tuple[int, ...]:
 
 @contextmanager
 def _cpu_limit(seconds: float) -> Iterator[None]:
-    """Raises TimeoutError in the block once the process has computed for this long; only in the main thread."""
+    """Raise TimeoutError in the block once the process has computed for this long; only in the main thread."""
 
     def expire(number: int, frame: FrameType | None) -> None:
         raise TimeoutError(f"it does not end within {seconds:g} s")
@@ -347,12 +347,12 @@ def format_fields(template: str, key: str) -> set[str]:
     """The names in braces of a format string, the setting `key`.
 
     Raises:
-        ConfigError: it is no format string, formats its fields, or is too long.
+        ConfigError: it is not a format string, formats its fields, or is too long.
     """
     try:
         fields = _fields(template)
     except ValueError as error:
-        raise ConfigError(f"{key}: {template!r} is no format string ({error}); double a plain brace") from error
+        raise ConfigError(f"{key}: {template!r} is not a format string ({error}); double a plain brace") from error
     formatted = [name for _, name, spec, conversion in string.Formatter().parse(template) if spec or conversion]
     if formatted:
         raise ConfigError(f"{key}: {template[:80]!r} formats {{{formatted[0]}}}; write the plain {{prompt}}")

@@ -30,8 +30,8 @@ _PROGRAM = Path(__file__).with_name("reasoning_gym_server.py")
 class ReasoningGym:
     """Problems of one or more tasks, divided evenly among them. The order interleaves the tasks.
 
-    A hash of a problem's prompt decides which side it is on (`upge.data.splits`). So whatever the seeds and sizes of
-    two data sets, no training problem of one is an evaluation problem of the other. The level is the task.
+    A hash of a problem's prompt decides which side it is on (`upge.data.splits`). Therefore no training problem of one
+    data set is an evaluation problem of another, even with other seeds and sizes. The level is the task.
 
     `answer` is the whole entry of reasoning-gym as JSON, {"question", "answer", "metadata"}, which the verifier
     "reasoning_gym" reads; metadata.source_dataset names the task. There are no demonstrations, because an entry has an
@@ -71,7 +71,7 @@ class ReasoningGym:
         check_sizes(self.train_size, self.evaluation_size)
 
     def load(self) -> Splits:
-        """Generates the problems. Equal settings give equal problems in the same order, in every process.
+        """Generate the problems. Equal settings give equal problems in the same order, in every process.
 
         A child process generates them with a fixed seed for Python's hashes and random numbers, on which some tasks
         depend: all ranks of a run and a resumed run must get the same problems.

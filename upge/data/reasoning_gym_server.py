@@ -39,7 +39,7 @@ class Server:
         return [field.name for field in dataclasses.fields(configuration) if field.name not in ("seed", "size")]
 
     def open(self, task: dict[str, JSON]) -> None:
-        """Opens the task for later calls of `entry`."""
+        """Open the task for later calls of `entry`."""
         import reasoning_gym
 
         self.seed = task["seed"]
@@ -62,7 +62,7 @@ def _tasks() -> dict[str, tuple[type, type]]:
 
 
 def main() -> None:
-    """Answers requests until the input ends."""
+    """Answer requests until the input ends."""
     # Redirect what tasks print, so that it does not mix with the replies.
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     sys.stdout = sys.stderr

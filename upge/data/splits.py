@@ -48,7 +48,7 @@ class Problem:
 
     @property
     def conversation(self) -> str:
-        """All turns as one text with single spaces for white space. Problems that agree in it are the same."""
+        """All turns as one text, with every run of white space as a single space. Equal texts mean equal problems."""
         return normal("\n".join([*(f"{role}: {content}" for role, content in self.history), self.prompt]))
 
 
@@ -79,7 +79,7 @@ class DataSet(Protocol):
 
 @runtime_checkable
 class Rows(Protocol):
-    """What a benchmark may name instead: problems without a division."""
+    """What a benchmark may name instead: problems that are not divided into sides."""
 
     def rows(self) -> Sequence[Problem]:
         """All problems."""
@@ -87,14 +87,14 @@ class Rows(Protocol):
 
 
 def normal(prompt: str) -> str:
-    """A prompt with single spaces for white space. Prompts that agree in this are the same."""
+    """A prompt with every run of white space as a single space. Prompts that are then equal count as the same."""
     return " ".join(prompt.split())
 
 
 def for_evaluation(prompt: str, share: float) -> bool:
     """Whether a problem with this prompt is on the evaluation side, which has a share of about `share`.
 
-    Only the SHA-256 of the prompt (see `normal`) decides this, neither its place in the file nor a seed. A larger share
+    Only the SHA-256 of the prompt (see `normal`) decides this, not its place in the file or a seed. A larger share
     keeps the problems of a smaller one.
     """
     digest = hashlib.sha256(normal(prompt).encode()).digest()
@@ -102,7 +102,7 @@ def for_evaluation(prompt: str, share: float) -> bool:
 
 
 def divide(problems: Sequence[Problem], share: float, name: str, fix: str) -> tuple[list[Problem], list[Problem]]:
-    """Divides problems into (training, evaluation), which keep their order; `share` is about the evaluation side's.
+    """Divide problems into (training, evaluation), which keep their order; `share` is about the evaluation side's.
 
     Raises:
         DataError: one side is empty; the message has the `name` of the data and the `fix`.
@@ -122,7 +122,7 @@ def divide(problems: Sequence[Problem], share: float, name: str, fix: str) -> tu
 def check_disjoint(
     train: Sequence[Problem], evaluation: Sequence[Problem], fix: str, name: Callable[[Problem], str] = lambda p: ""
 ) -> None:
-    """Checks that no prompt is on both sides.
+    """Check that no prompt is on both sides.
 
     Raises:
         DataError: one is. The message names both places, each after `name(problem)`, and the `fix`.
@@ -153,7 +153,7 @@ LARGEST_SIDE = 10**7
 
 
 def check_sizes(train: int | None, evaluation: int | None) -> None:
-    """Checks the sizes of both sides; None means all problems.
+    """Check the sizes of both sides; None means all problems.
 
     Raises:
         ConfigError: a size is below 1 or beyond `LARGEST_SIDE`.
@@ -166,7 +166,7 @@ def check_sizes(train: int | None, evaluation: int | None) -> None:
 
 
 def limit_levels(problems: Sequence[Problem], per_level: Mapping[str, int]) -> tuple[Problem, ...]:
-    """Takes the first problems of each level.
+    """Take the first problems of each level.
 
     Args:
         problems: to choose from.
@@ -197,7 +197,7 @@ def limit_levels(problems: Sequence[Problem], per_level: Mapping[str, int]) -> t
 
 
 def limit_demonstrated(problems: Sequence[Problem], count: int) -> tuple[Problem, ...]:
-    """Removes the demonstrations of all but `count` problems (0: of none).
+    """Remove the demonstrations of all but `count` problems; 0 keeps all demonstrations.
 
     The problems that keep them are spread as evenly as possible over the levels. The choice depends only on the
     problems, so a larger count keeps the choice of a smaller one, and all algorithms learn from the same
@@ -259,7 +259,7 @@ class Mixture:
             _check_weights(self.weights, self.sets)
 
     def load(self) -> Splits:
-        """Loads all sets in order."""
+        """Load all sets in order."""
         train: list[Problem] = []
         evaluation: list[Problem] = []
         for name, one in self.sets.items():

@@ -30,8 +30,7 @@ class Table:
     Attributes:
         path: the file, a folder of files, or a pattern such as `train-*.parquet`; if it is given, `hub` is not used. A
             text file may be compressed (.gz).
-        hub, subset, split: a hub data set, such as openai/gsm8k, its configuration and the split to train on. Written
-            against the documentation of `datasets`, never run.
+        hub, subset, split: a hub data set, such as openai/gsm8k, its configuration and the split to train on.
         evaluation_path: a file for the evaluation side.
         evaluation_split: a split of `hub` for the evaluation side, if there is no `evaluation_path`.
         evaluation_share: without either of these, the share of the rows that is for evaluation, chosen by a hash of the
@@ -39,8 +38,8 @@ class Table:
         columns: attribute → name of the column. A dotted name (reward_model.ground_truth) refers to a nested value;
             null means that there is no such column. The attributes are
 
-            - prompt: text, or chat messages: turns of user and assistant, the last the user's, optionally after one of
-              the system, and, if the column also holds the demonstrations, before one of the assistant;
+            - prompt: text, or chat messages: at most one system message, then turns of user and assistant that end with
+              the user's. If the column also holds the demonstrations, an assistant's turn follows at the end;
             - answer: text or a number, or a list of accepted ones; {value, rtol} is a number with its tolerance. null
               if the data has none, for algorithms without rollouts and for verifiers that need none;
             - demonstrations: text, a list of texts, chat messages that end with the assistant's turn, or a list of

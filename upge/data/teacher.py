@@ -1,4 +1,4 @@
-"""The prompts that a teacher reads in place of the policy's, with what the policy does not see."""
+"""Teacher prompts: a teacher reads them instead of the policy's prompts, with text that the policy does not see."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class TeacherPrompts:
     """Writes the teacher's prompts. They replace the prompt in the model's own template.
 
     Args:
-        prompting: of the policy.
+        prompting: the policy's.
         template: a text with {prompt}, and {demonstration} (the problem's first), {answer} (its ground truth) or
             {feedback} (a right response to the same prompt by another rollout; empty where there is none).
 
@@ -43,21 +43,21 @@ class TeacherPrompts:
         """Check that the problems have what the template holds.
 
         Raises:
-            DataError: one has not.
+            DataError: a problem lacks it.
         """
         for field, has in (("demonstration", lambda p: p.demonstrations), ("answer", lambda p: p.answer is not None)):
             missing = [p for p in problems if not has(p)] if field in self.fields else []
             if missing:
                 raise DataError(
                     f"teacher.template: it holds {{{field}}}, and {len(missing)} of {len(problems)} training problems "
-                    f"have none, the first at {missing[0].where or missing[0].id}; give data that have it"
+                    f"have none, the first at {missing[0].where or missing[0].id}; use data that has it"
                 )
 
     def ids(self, example: Example, feedback: Sequence[int] = ()) -> tuple[int, ...]:
         """The token ids of the teacher's prompt.
 
         Args:
-            example: of the training set.
+            example: an example of the training set.
             feedback: the tokens of a right response, or none.
         """
         problem = example.problem

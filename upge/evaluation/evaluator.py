@@ -90,12 +90,12 @@ class Evaluator:
     """Samples responses to the problems of benchmarks, verifies them, and writes the samples to files.
 
     A response depends on the seed, the benchmark's name, the problem's id and its own number, but not on the responses
-    that are sampled with it. So an evaluation that was interrupted and continued has the same samples as one that was
-    not, up to rounding where two tokens nearly tie.
+    that are sampled with it. An evaluation that was interrupted and continued therefore has the same samples as one
+    that was not, up to rounding where two tokens nearly tie.
 
     Attributes:
         sampler, sampling: the model with the verifiers, and the sampling settings.
-        seed: of the whole evaluation.
+        seed: the seed of the whole evaluation.
         wrote: called after each sample is written, from the writer's thread.
     """
 
@@ -105,12 +105,12 @@ class Evaluator:
     wrote: Callable[[Sample], None]
 
     def run(self, questions: Questions, file: SampleFile, chunk: int = CHUNK) -> None:
-        """Samples the responses that `file` lacks and closes the file.
+        """Sample the responses that `file` lacks and close the file.
 
         If an exception ends it early, including one raised by a signal handler, complete responses are verified and
         written first.
 
-        `chunk` is the most responses per call of the sampler.
+        `chunk` is the maximum number of responses per call of the sampler.
 
         Raises:
             DataError: the file is damaged, contains samples of other problems, or cannot be written.
@@ -138,7 +138,7 @@ class Evaluator:
                 writing.result()
 
     def _write(self, file: SampleFile, questions: Questions, number: int, copy: int, response: PendingRollout) -> None:
-        """Waits for the verdict and writes the sample. It runs in a separate thread, so that generation continues."""
+        """Wait for the verdict and write the sample. It runs in a separate thread, so that generation continues."""
         problem = questions.benchmark.problems[number]
         verdict = response.verdict.result()
         self.sampler.first_error(verdict.error)
@@ -171,7 +171,7 @@ def training_accuracy(
     ranks, so two evaluations of the same weights agree.
 
     Args:
-        config: of the run; `eval` has the number of samples per problem and the sampling settings.
+        config: the run's settings; `eval` has the number of samples per problem and the sampling settings.
         examples: the evaluation problems, in tokens.
         sampler: the model and the verifiers.
         world: the ranks of the run, which must all call this.

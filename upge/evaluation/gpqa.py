@@ -24,7 +24,7 @@ class GPQA:
 
     The options follow the question as lines `A) ...` to `D) ...`, with runs of white space replaced by single spaces.
     Their order depends on the seed and the question alone. If a row has them, `Record ID` is the problem's id and
-    `High-level domain` its level. Not tested with the hub.
+    `High-level domain` its level.
 
     The `subset` is gpqa_diamond, gpqa_main or gpqa_extended.
     """

@@ -68,12 +68,12 @@ class Paired:
 def intervals(values: Mapping[str, Float[Tensor, "P K"]], confidence: float = CONFIDENCE) -> tuple[Interval, ...]:
     """The interval of each column's mean: over the problems of a benchmark, then over B benchmarks with equal weights.
 
-    Of one benchmark with mean m, the score interval of Wilson (1927) for n problems, with the quantile q:
+    For one benchmark with mean m, it is the score interval of Wilson (1927) for n problems, with the quantile q:
 
         (m + q²/2n ± q·√(m(1 - m)/n + q²/4n²)) / (1 + q²/n)
 
-    If all values are 0 or 1, or all are equal, n = P and q is the normal quantile: P problems that are all solved are
-    no proof of a rate of 1. Other shares vary less than values of 0 and 1 with their mean do, so they are worth
+    If all values are 0 or 1, or all are equal, n = P and q is the normal quantile: P problems that are all solved do
+    not prove a rate of 1. Other shares vary less than values of 0 and 1 with the same mean, so they are worth
 
         n = P·m(1 - m)/s²,  s² = (Σ(v - m)² + m(1 - m))/P
 
@@ -142,8 +142,8 @@ def paired(
 def holm(p_values: Sequence[float]) -> tuple[float, ...]:
     """Holm's step-down adjustment (1979) of p-values.
 
-    If all hypotheses are true, the probability that any adjusted p is below α is at most α. A NaN is no test: it stays
-    NaN and does not count.
+    If all hypotheses are true, the probability that any adjusted p is below α is at most α. A NaN stays NaN and does
+    not count as a test.
     """
     tested = [index for index, p in enumerate(p_values) if not math.isnan(p)]
     adjusted, largest = [math.nan] * len(p_values), 0.0

@@ -75,7 +75,7 @@ class SampleFile:
         self.close()
 
     def append(self, samples: Iterable[Sample]) -> None:
-        """Adds a line per sample, and passes each to the operating system immediately.
+        """Add a line per sample, and pass each to the operating system immediately.
 
         Raises:
             DataError: the file cannot be written, or another process is appending to it.
@@ -92,13 +92,13 @@ class SampleFile:
             ) from error
 
     def close(self) -> None:
-        """Releases the file for other processes; a later `append` opens it again."""
+        """Release the file for other processes; a later `append` opens it again."""
         if self._file is not None:
             self._file.close()
             self._file = None
 
     def read(self) -> Iterator[Sample]:
-        """Iterates over the samples in the order of the file, so the texts need not fit in memory together.
+        """Iterate over the samples in the order of the file, so the texts need not fit in memory together.
 
         Raises:
             DataError: a line other than a cut-off last one is not a sample, or a pair of problem and sample number
@@ -174,7 +174,7 @@ def _write(file: BinaryIO, line: bytes) -> None:
 
 
 def _repair(file: BinaryIO) -> None:
-    """Completes the last line: adds a missing newline to a whole line, and removes a partial one."""
+    """Complete the last line: add a missing newline to a whole line, and remove a partial one."""
     end = file.seek(0, os.SEEK_END)
     start, tail = end, b""
     while start > 0 and b"\n" not in tail:

@@ -1,4 +1,4 @@
-"""The scores of an evaluation, computed from its samples: accuracy, pass@k, and facts that qualify them.
+"""The scores of an evaluation, computed from its samples: accuracy, pass@k, and numbers that qualify them.
 
 pass@k is the probability that at least one of k responses, drawn without replacement from n, is correct. With c correct
 responses among n, its unbiased estimate is (Chen et al., arXiv 2107.03374)
@@ -124,7 +124,7 @@ class Outcomes:
     def of(
         cls, benchmark: str, samples: Iterable[Sample], n: int | None = None, ids: Collection[str] | None = None
     ) -> Outcomes:
-        """Gathers the samples 0 to n−1 of every problem.
+        """Gather the samples 0 to n−1 of every problem.
 
         Args:
             benchmark: its name.

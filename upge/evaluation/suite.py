@@ -29,7 +29,7 @@ class BenchmarkConfig(Settings):
     )
     limit: int = key(
         0,
-        "the most problems to use, chosen by a hash of their prompts; 0 = all",
+        "maximum number of problems to use, chosen by a hash of their prompts; 0 = all",
         minimum=0,
         limit=10**9,
         fix="give a number of problems, or 0 for all",
@@ -118,9 +118,9 @@ def load(suite: SuiteConfig, verifier: str = "math", limit: int = 0, section: st
 
     Args:
         suite: their settings.
-        verifier: for benchmarks that name none.
-        limit: the most problems of each benchmark; 0 = all. The choice depends on the prompts alone, so every model
-            gets the same problems, and a larger limit includes the problems of a smaller one.
+        verifier: the verifier of benchmarks that name none.
+        limit: maximum number of problems of each benchmark; 0 = all. The choice depends on the prompts alone, so every
+            model gets the same problems, and a larger limit includes the problems of a smaller one.
         section: the section in which the user gives `folder` and `skip`, for messages.
 
     Raises:

@@ -86,7 +86,7 @@ def token_score_norms(
     temperature: float = 1.0,
     chunk_size: int | None = None,
 ) -> Float[Tensor, "N"]:
-    """The squared length of each target's score with respect to the logits, without gradient.
+    """The squared norm of each target's score with respect to the logits, without gradient.
 
     With z the logits divided by the temperature and p = softmax(z), it is ‖∂ log p_y/∂z‖² = 1 - 2p_y + Σ_v p_v².
 
@@ -121,7 +121,7 @@ def token_loss(
 
     `coefficients` is called for each chunk in turn, with gradients disabled; the loss is the sum of its losses. The
     gradients of `hidden`, `weight` and `bias` are stored until `backward` returns them, so under ZeRO-3 only the
-    forward needs the weight. The precision is that of `token_logprobs`, and so are the arguments that are not listed.
+    forward needs the weight. The precision and all other arguments are as in `token_logprobs`.
 
     Args:
         coefficients: returns the loss and its derivatives with respect to the log-probs and entropies of a chunk.

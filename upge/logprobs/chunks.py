@@ -104,7 +104,7 @@ class Chunks:
         weight: [V, D] output embedding.
         bias: [V] of the output embedding, or None.
         temperature: divides the logits.
-        size: the most tokens of a chunk.
+        size: maximum number of tokens in a chunk.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, temperature: float, size: int) -> None:
@@ -123,7 +123,7 @@ class Chunks:
         return torch.addmm(self.bias, hidden, self.weight.t(), out=out)
 
     def statistics(self, logits: Tensor, targets: Int[Tensor, "C"], keep_logits: bool) -> Statistics:
-        """Log-probs, log Σ exp z and entropies; overwrites the logits with q = p − 1_y unless `keep_logits`."""
+        """Compute log-probs, log Σ exp z and entropies; overwrite the logits with q = p − 1_y unless `keep_logits`."""
         statistics = Statistics(*(logits.new_empty(len(logits), dtype=self.wide) for _ in range(3)))
         for start in range(0, len(logits), self.rows):
             block = slice(start, start + self.rows)
@@ -145,7 +145,7 @@ class Chunks:
         by_entropies: Float[Tensor, "C"] | None,
         by_candidates: Callable[[slice, Tensor], Sequence[CandidateGradient]] | None = None,
     ) -> None:
-        """Overwrites kept logits with ∂L/∂z = k − (Σ k) p − g p (log p + H), where k includes c at the token y.
+        """Overwrite kept logits with ∂L/∂z = k − (Σ k) p − g p (log p + H), where k includes c at the token y.
 
         Args:
             logits: [C, V] as `logits` returned them.
@@ -213,7 +213,7 @@ def softmax_statistics(z: Tensor, target: Tensor, q: Tensor) -> tuple[Tensor, Te
 
 @cache
 def _softmax_of(device_type: str) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
-    """`softmax_statistics`, compiled on a GPU, where each separate pass over a block would read it from memory."""
+    """`softmax_statistics`, compiled on a GPU, where every separate pass over a block would read it from memory."""
     if device_type == "cpu":
         return softmax_statistics
     return torch.compile(softmax_statistics, dynamic=True)

@@ -1,4 +1,4 @@
-"""The two autograd functions: one recomputes the logits in its backward, the other has its gradient by then."""
+"""The two autograd functions: one recomputes the logits in its backward, the other has the gradients by then."""
 
 from __future__ import annotations
 
@@ -117,5 +117,5 @@ class TokenLoss(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         gradients, ctx.gradients = ctx.gradients, None
         assert gradients is not None, "the gradient of this loss was already used; compute the loss again"
-        # Also by 1: to read the number would wait for the device.
+        # Multiplied even if `by_loss` is 1: reading the number would synchronize with the device.
         return *(g if g is None else g.mul_(by_loss) for g in gradients), None, None, None, None, None, None

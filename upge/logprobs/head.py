@@ -48,7 +48,7 @@ class Coefficients(NamedTuple):
         logprobs: [c] ∂L/∂log π of each token.
         entropies: [c] ∂L/∂H of each token; None if no gradient flows through the entropies.
         candidates: gives the derivatives with respect to the log-probs of other tokens of the vocabulary, for a block
-            of the tokens at a time; None if there are none. `loss` need not include what they belong to.
+            of the tokens at a time; None if there are none. `loss` need not include their contribution.
     """
 
     loss: Tensor
@@ -88,14 +88,14 @@ class CheckedCoefficients:
         if (result.entropies is not None) != self.entropy_gradient:
             given = "none" if result.entropies is None else "some"
             raise ValueError(
-                f"coefficients: {given} came for the entropies, but entropy_gradient is {self.entropy_gradient}; make "
-                "these agree"
+                f"coefficients: the result has {given} for the entropies, but entropy_gradient is "
+                f"{self.entropy_gradient}; make these agree"
             )
         if (result.candidates is not None) != self.candidates:
             given = "no function" if result.candidates is None else "a function"
             raise ValueError(
-                f"coefficients: {given} came for other tokens of the vocabulary, but candidates is {self.candidates}; "
-                "make these agree"
+                f"coefficients: the result has {given} for other tokens of the vocabulary, but candidates is "
+                f"{self.candidates}; make these agree"
             )
         return result
 
@@ -109,7 +109,7 @@ class Head:
         bias: [V] or None.
         targets: [N] token ids.
         temperature: divides the logits.
-        size: the most tokens of a chunk.
+        size: maximum number of tokens in a chunk.
         needed: which of hidden, weight and bias need a gradient.
         others: name → output of another model, which gets no gradient.
     """
@@ -150,7 +150,7 @@ class Head:
         return (torch.stack(losses).sum() if losses else columns.sum()), columns[0].clone(), columns[1].clone()
 
     def two_passes(self, cuts: list[slice], coefficients: CheckedCoefficients) -> tuple[Tensor, Tensor, Tensor]:
-        """The same, if a coefficient may depend on all log-probs."""
+        """As `one_pass`, for coefficients that may depend on all log-probs."""
         columns = self._columns()
         for chunk in cuts:
             logits = self.chunks.logits(self.hidden[chunk])
@@ -164,14 +164,14 @@ class Head:
         return result.loss, logprobs, entropies
 
     def again(self, chunk: slice, result: Coefficients) -> None:
-        """Computes a chunk's logits again and adds its gradients; `result` has the chunk's coefficients."""
+        """Compute a chunk's logits again and add its gradients; `result` has the chunk's coefficients."""
         logits = self.chunks.logits(self.hidden[chunk])
         keep = result.entropies is not None or result.candidates is not None
         statistics = self.chunks.statistics(logits, self.targets[chunk], keep)
         self._add(chunk, logits, statistics, result, chunk.start)
 
     def _add(self, chunk: slice, logits: Tensor, statistics: Statistics, result: Coefficients, start: int) -> None:
-        """Adds a chunk's gradients; `start` is its first token among those that `result.candidates` numbers."""
+        """Add a chunk's gradients; `start` is its first token among those that `result.candidates` numbers."""
         by_logprobs = result.logprobs.to(self.chunks.wide)
         if result.entropies is None and result.candidates is None:
             scale = by_logprobs / -self.temperature
@@ -228,7 +228,7 @@ class Gradients:
         self.bias = torch.zeros_like(bias, dtype=self._wide) if needed[2] and bias is not None else None
 
     def add(self, chunk: slice, hidden: Float[Tensor, "C D"], factor: Float[Tensor, "C V"], scale: Tensor) -> None:
-        """Adds the contribution of a chunk, whose ∂L/∂logits is `factor` [C, V] with rows scaled by `scale` [C]."""
+        """Add the contribution of a chunk, whose ∂L/∂logits is `factor` [C, V] with rows scaled by `scale` [C]."""
         if self.bias is not None:
             self.bias.addmv_(factor.t().to(self._wide), scale)
         if self.hidden is not None:

@@ -2,12 +2,12 @@
 
 Every part of every algorithm is Σ_t w_t ∇log π(y_t) on each trajectory, or on a support beyond the sampled token
 Σ_t Σ_v k_tv ∇log π(v|t). Most of these weights differ only by a factor: on-policy, a group-relative advantage is one
-number per response. So each distinct direction w/max|w| of a response is differentiated once for all algorithms, and an
-algorithm is a sparse matrix of factors:
+number per response. Each distinct direction w/max|w| of a response is therefore differentiated once for all algorithms,
+and an algorithm is a sparse matrix of factors:
 
     contribution of prompt q in round r = Σ_{its trajectories and directions} factor · ∇ Σ_t direction_t·log π_t.
 
-Equal directions are recognised by their numbers alone, so this module does not depend on any particular algorithm.
+Equal directions are recognized by their numbers alone, so this module does not depend on any particular algorithm.
 
 Legend: M, R and H as in `upge.measure.pool`; B trajectories of T tokens; t tokens of one response; g gradients of k
 numbers.
@@ -43,7 +43,7 @@ class Directions:
         self._known: dict[tuple[Pair, tuple[bool, ...]], list[tuple[int, Tensor]]] = {}
 
     def find(self, wanted: Request) -> tuple[int, float]:
-        """Registers a gradient, whose coefficients are not all 0, unless it is a multiple of a known one.
+        """Register a gradient, whose coefficients are not all 0, unless it is a multiple of a known one.
 
         Returns:
             (index in `requests`, factor): the gradient is that of the request times the factor.
@@ -121,7 +121,7 @@ def estimator(
     Args:
         columns: as for `upge.measure.pool.batches`.
         directions: receives the gradients that the estimates need.
-        step: the training steps before the batches, for schedules.
+        step: number of training steps before the batches, for schedules.
     """
     sources_of_parts = sources(algorithm)
     parts = {name: Entries() for name in sources_of_parts}
@@ -229,7 +229,7 @@ def slopes(algorithm: Algorithm, batch: Trajectories) -> dict[str, Slopes]:
 
     Args:
         batch: with `logprobs` and `entropies`, which need no gradient, and every column that the algorithm's parts
-            read; with `distributions` if it has a term on another support than the sampled token.
+            read; with `distributions` if it has a term on a support other than the sampled token.
     """
     assert batch.logprobs is not None and batch.entropies is not None
     leaves = [values.detach().requires_grad_() for values in (batch.logprobs, batch.entropies)]

@@ -106,7 +106,7 @@ def batch_estimates(pool: Pool, contributions: Float[Tensor, "M R k"]) -> tuple[
 def measured(
     pool: Pool, estimator: Estimator, part: str, contributions: Float[Tensor, "M R k"], bins: Sequence[Bin], to: Targets
 ) -> Measured:
-    """Measures an estimator, or one part of it ('' = the whole), by the contributions of what is measured."""
+    """Measure an estimator, or one part of it ('' = the whole), by the contributions of what is measured."""
     sources = dict.fromkeys(estimator.sources.values())
     several = len(estimator.parts) > 1
     overall, rounds = batch_sample(pool, contributions), torch.arange(pool.rounds)

@@ -98,8 +98,8 @@ def jackknife(statistics: Callable[[list[Tensor]], Tensor], weights: Sequence[Fl
 
     Args:
         statistics: maps the weights of the members of every sample to a vector of statistics.
-        weights: [n] of each sample. A member of weight 0 counts as absent. A sample with fewer than two members adds
-            no error.
+        weights: [n] the weights of each sample's members. A member of weight 0 counts as absent. A sample with fewer
+            than two members adds no error.
     """
     value = statistics(list(weights))
     variance, freedom = torch.zeros_like(value), torch.zeros_like(value)

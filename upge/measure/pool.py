@@ -2,7 +2,7 @@
 
 The pool is the data set of the measurement: M prompts, each with R groups of n rollouts, its demonstrations and, if the
 data has them, a preference pair. Each round assigns the prompts to batches of Q at random, as an epoch of training
-does, and each prompt brings its group of that round. So a batch is a random set of Q prompts with fresh rollouts, and
+does, and each prompt brings its group of that round. A batch is thus a random set of Q prompts with fresh rollouts, and
 results of different rounds are independent given the prompts.
 
 Two more sets of rollouts belong to no batch: the reference rollouts, in H independent parts, which give the gradient of
@@ -130,12 +130,12 @@ def deal(prompts: int, per_batch: int, rounds: int, seed: int) -> list[list[list
 def batches(
     pool: Pool, algorithm: Algorithm, columns: Mapping[Pair, Columns], step: int = 0
 ) -> Iterator[tuple[int, list[Trajectory], Trajectories]]:
-    """Iterates over the batches of a pool that have trajectories for an algorithm.
+    """Iterate over the batches of a pool that have trajectories for an algorithm.
 
     Args:
         columns: pair → 'logprobs', 'entropies' and, where known or read, 'reference_logprobs', 'teacher_logprobs',
             'behavior_logprobs', 'score_norms' and [t, V] 'distribution/MODEL'.
-        step: the training steps before the batch, for schedules. Stateful gates have their initial state.
+        step: number of training steps before the batch, for schedules. Stateful gates have their initial state.
 
     Yields:
         (round, trajectories, the batch with all columns that the algorithm reads).
@@ -152,7 +152,7 @@ def _filled(
 ) -> Trajectories:
     """The batch with the columns that the trainer adds for one update, and the current policy's log-probs.
 
-    Nothing is remembered of its prompts.
+    The memory of its prompts is empty.
     """
     if algorithm.memory is not None:
         new = algorithm.memory.remembered(PromptRecord(), 0)

@@ -84,7 +84,7 @@ class Mean(NamedTuple):
 def two_way(values: Float[Tensor, "G M H"]) -> list[Mean]:
     """The mean of each of G tables over M prompts and H parts that are both random samples (crossed random effects).
 
-    With the variances s_M² of the M row means and s_H² of the H column means, and the mean square e² of what is left
+    With the variances s_M² of the M row means and s_H² of the H column means, and the mean square e² of the residuals
     without both (degrees of freedom (M - 1)(H - 1)):
 
         σ² = s_M²/M + s_H²/H - e²/(M·H),
@@ -118,11 +118,11 @@ def two_way(values: Float[Tensor, "G M H"]) -> list[Mean]:
 
 
 def best(values: Float[Tensor, "A N H"], crossed: bool = True) -> Int[Tensor, "N H"]:
-    """The action with the largest gain of each group, for each part; of equal ones the first.
+    """The action with the largest gain of each group, for each part; ties go to the first action.
 
     Args:
-        crossed: choose for part h by the mean over the other parts. Else choose by the mean over all: valued by the
-            same parts, that choice looks better than it is.
+        crossed: True = choose for part h by the mean over the other parts. False = choose by the mean over all parts;
+            valued by the same parts, that choice looks better than it is.
     """
     return _others(values, crossed).argmax(dim=0)
 
@@ -141,7 +141,8 @@ def learned(
     best single action; with an indicator per pass rate it is the best table of pass rates.
 
     Args:
-        features: not constant ones are standardized, so that `ridge`, relative to the number of groups, is fair.
+        features: those that vary are standardized, so that `ridge`, which is relative to the number of groups, affects
+            them equally.
         folds: prompts are assigned to folds by their number; at most M are used.
     """
     actions, groups, parts = values.shape

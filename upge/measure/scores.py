@@ -33,7 +33,7 @@ Pair = tuple[tuple[int, ...], tuple[int, ...]]
 #: Models with fewer than SMALL_MODEL parameters differentiate AT_ONCE trajectories at once. Measured with 0.9 M
 #: parameters on one thread: 7 ms per trajectory, against 16 ms one by one.
 SMALL_MODEL, AT_ONCE = 5_000_000, 64
-#: The most tokens of a forward pass without and with gradient.
+#: Maximum number of tokens of a forward pass without and with gradient.
 _TOKENS, _TOKENS_WITH_GRADIENT = 8192, 4096
 
 
@@ -54,7 +54,7 @@ class Request(NamedTuple):
 
 
 class Scores(Protocol):
-    """What the measurements need of a policy.
+    """What the measurements need from a policy.
 
     Attributes:
         width: k, the numbers of a sketched gradient.
@@ -168,7 +168,7 @@ class ModelScores:
 
     @contextlib.contextmanager
     def moved(self, step: Float[Tensor, "p"]) -> Iterator[None]:
-        """A context in which the parameters are moved by `step`, laid out as in `summed`; then they are as before."""
+        """A context in which the parameters are moved by `step`, laid out as in `summed`; its end restores them."""
         before = [parameter.detach().clone() for parameter in self.parameters]
         try:
             with torch.no_grad():

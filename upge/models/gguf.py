@@ -34,7 +34,7 @@ PROBE = 1 << 22
 def local_path(path: str) -> str:
     """A path or name of the model at `path` that transformers and vLLM can load.
 
-    A GGUF file is converted to float32 safetensors, which hold every dequantised weight exactly, with tokenizer, chat
+    A GGUF file is converted to float32 safetensors, which hold every dequantized weight exactly, with tokenizer, chat
     template and generation configuration. The folder is models/ in $UPGE_CACHE, else in $XDG_CACHE_HOME/upge, else in
     ~/.cache/upge; it is identified by the file's name and contents. If several processes call this at once, one
     converts and the others wait.
@@ -107,7 +107,7 @@ def _fingerprint(file: Path) -> str:
 
 
 def _convert_once(source: Path, folder: Path, path: str) -> None:
-    """Converts `source`, unless another process does. `folder` gets its name only when it is complete."""
+    """Convert `source`, unless another process does. `folder` gets its name only when it is complete."""
     for module in ("transformers", "gguf", "filelock"):
         if importlib.util.find_spec(module) is None:
             raise ModelError(f"model.path={path}: converting a GGUF file needs {module}; run `pip install {module}`")
@@ -128,7 +128,7 @@ def _convert_once(source: Path, folder: Path, path: str) -> None:
 
 
 def _convert(source: Path, folder: Path, path: str) -> None:
-    """Writes model, tokenizer and generation configuration of a GGUF file to `folder`."""
+    """Write model, tokenizer and generation configuration of a GGUF file to `folder`."""
     from safetensors import SafetensorError
 
     with progress_bars_hidden():
@@ -162,14 +162,14 @@ def _read(source: Path) -> tuple[Any, Any]:  # Any: both of a class that transfo
         model: Any = AutoModelForCausalLM.from_pretrained(
             **place, dtype=torch.float32, quantization_config=plain, trust_remote_code=False
         )
-    # transformers refuses to save a model that it considers quantised. All weights are plain tensors now.
+    # transformers refuses to save a model that it considers quantized. All weights are plain tensors now.
     model.hf_quantizer = None
     vars(model.config).pop("quantization_config", None)
     return tokenizer, model
 
 
 def _split_as_trained(tokenizer: PreTrainedTokenizerFast, source: Path) -> None:
-    """Sets the pre-tokenizer that the GGUF file names, if transformers does not know it.
+    """Set the pre-tokenizer that the GGUF file names, if transformers does not know it.
 
     For an unknown one, transformers silently uses that of GPT-2.
     """
@@ -186,7 +186,7 @@ def _split_as_trained(tokenizer: PreTrainedTokenizerFast, source: Path) -> None:
         return
     if kind not in ours:
         raise ModelError(
-            f"model.path: the tokenizer of {source} cuts words in the way '{kind}', known are "
-            f"{', '.join(sorted(known | set(ours)))}; give a folder with the model's own tokenizer.json instead"
+            f"model.path: the tokenizer of {source} has the unknown pre-tokenizer '{kind}' (known: "
+            f"{', '.join(sorted(known | set(ours)))}); give a folder with the model's own tokenizer.json instead"
         )
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(ours[kind])

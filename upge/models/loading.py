@@ -80,7 +80,7 @@ def read_config(model_path: str | Path, overrides: Mapping[str, object] | None =
 
 
 def override(config: ModelConfig, overrides: Mapping[str, object]) -> ModelConfig:
-    """Changes values of `config` in place and returns it.
+    """Change values of `config` in place and return it.
 
     The keyword arguments of transformers would silently ignore unknown keys, and `rope_theta`, which is now part of
     `rope_parameters`.
@@ -111,26 +111,30 @@ def override(config: ModelConfig, overrides: Mapping[str, object]) -> ModelConfi
 
 
 def check_loaded(path: str, loading_info: Mapping[str, Any]) -> None:
-    """Refuses a checkpoint that does not match the model. transformers would use random weights.
+    """Refuse a checkpoint that does not match the model. transformers would use random weights.
 
     `loading_info` is that of `from_pretrained(..., output_loading_info=True)`. (Any: collections of names or tuples.)
 
     Raises:
         ModelError: tensors are missing, superfluous or of another shape.
     """
-    kinds = {"lacks": "missing_keys", "has superfluous": "unexpected_keys", "misfits": "mismatched_keys"}
-    for kind, keys in kinds.items():
-        names = sorted(str(key) for key in loading_info.get(keys) or ())
+    problems = {
+        "missing_keys": "of its config.json are missing",
+        "unexpected_keys": "do not belong to its config.json",
+        "mismatched_keys": "have shapes that do not match its config.json",
+    }
+    for kind, problem in problems.items():
+        names = sorted(str(key) for key in loading_info.get(kind) or ())
         if names:
             raise ModelError(
-                f"'{path}' {kind} {len(names)} tensors of its config.json, the first is {names[0]}; give a complete "
-                "checkpoint, and check model.overrides",
+                f"'{path}': {len(names)} tensors {problem}, the first is {names[0]}; give a complete checkpoint, and "
+                "check model.overrides",
                 "model.path",
             )
 
 
 def check_finite(path: str, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Refuses weights that are NaN or infinite, on which nothing could be trained.
+    """Refuse weights that are NaN or infinite, on which nothing could be trained.
 
     Raises:
         ModelError: some are; the key is `model.path`.
@@ -145,7 +149,7 @@ def check_finite(path: str, weights: Iterable[tuple[str, torch.Tensor]]) -> None
 
 
 def check_files(path: str) -> None:
-    """Checks that the safetensors files of a local model are as long as their headers say; reads only the headers.
+    """Check that the safetensors files of a local model are as long as their headers say; read only the headers.
 
     Raises:
         ModelError: one is cut or not a safetensors file; the key is `model.path`.
@@ -161,7 +165,7 @@ def check_files(path: str) -> None:
 
 @contextmanager
 def progress_bars_hidden() -> Iterator[None]:
-    """Suppresses transformers' progress bars of loading and saving in the block."""
+    """Suppress transformers' progress bars of loading and saving in the block."""
     from transformers.utils import logging
 
     bars = logging.is_progress_bar_enabled()
@@ -190,7 +194,7 @@ _NVIDIA_DEVICE, _NVIDIA_DRIVER = Path("/dev/nvidiactl"), Path("/proc/driver/nvid
 
 
 def has_cuda() -> bool:
-    """Whether models run on CUDA; without a GPU, or with CUDA_VISIBLE_DEVICES set to nothing, on the CPU.
+    """Whether models run on CUDA; False without a GPU, or if CUDA_VISIBLE_DEVICES is empty or -1.
 
     Raises:
         ConfigError: there is an NVIDIA GPU that torch cannot use. A run would silently take the CPU.
@@ -222,7 +226,7 @@ def choose_dtype(dtype: str, device: str) -> torch.dtype:
 
 
 def choose_max_length(max_length: int | None, config: ModelConfig) -> int:
-    """The most tokens of prompt and response together: `max_length`, or the model's number of positions if it is None.
+    """The limit on prompt and response together: `max_length`, or the model's number of positions if that is None.
 
     Raises:
         ConfigError: `max_length` is below 2 or exceeds the model's number of positions.
@@ -319,7 +323,7 @@ class WeightTable:
         return WeightTable.of_model(model)
 
     def checked(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yields `weights` under their source names, each tied group once.
+        """Yield `weights` under their source names, each tied group once.
 
         Raises:
             ModelError: a name is unknown or given twice, a shape is wrong, or weights are missing.
@@ -353,7 +357,7 @@ class WeightTable:
 
 @contextmanager
 def random_state_kept() -> Iterator[None]:
-    """Restores the random states of Python, NumPy and torch (including CUDA) at the end of the block."""
+    """Restore the random states of Python, NumPy and torch (including CUDA) at the end of the block."""
     python_state, numpy_state, torch_state = random.getstate(), numpy.random.get_state(), torch.get_rng_state()
     cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
     try:

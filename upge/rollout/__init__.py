@@ -38,16 +38,17 @@ def load(
     threads: int | None = None,
     overrides: Mapping[str, object] | None = None,
 ) -> Sampler:
-    """Starts an engine with the model at `model_path`. The sampler's `reason` says why it is this engine.
+    """Start an engine with the model at `model_path`. The sampler's `reason` says why it is this engine.
 
-    With several ranks, call this on all of them at once, after torch.distributed is initialised (DeepSpeed does this).
+    With several ranks, call this on all of them at once, after torch.distributed is initialized (DeepSpeed does this).
 
     Args:
-        engine: "vllm", "transformers", or "auto": vLLM if it can be imported and supports the device, but transformers
-            on a CPU for a model so small that it samples faster there.
+        engine: "vllm", "transformers", or "auto": vLLM if it can be imported and supports the device, except for small
+            models on a CPU, which transformers samples faster.
         model_path: a folder in Hugging Face format or the name of a model of the hub.
         dtype: "float32", "bfloat16", "float16", or "auto": float32 on a CPU, bfloat16 on a GPU.
-        max_length: the most tokens of a prompt and its response together; None means the model's number of positions.
+        max_length: maximum number of tokens of a prompt and its response together; None means the model's number of
+            positions.
         memory_fraction, max_sequences, max_batched_tokens: vLLM's limits, see `VLLMSampler`.
         tensor_parallel: consecutive ranks over which each vLLM engine is divided. Each rank samples its own prompts.
         seed: vLLM's own seed; no rollout depends on it.

@@ -21,11 +21,11 @@ class Sampling:
 
     Attributes:
         temperature: divides the logits. 0 takes the most likely token (greedy), and `top_p` then has no effect.
-        top_p: in (0, 1]. Tokens are drawn from the smallest set whose probability reaches `top_p`, renormalised.
-        max_tokens: the most tokens of a response, including the stop token.
+        top_p: in (0, 1]. Tokens are drawn from the smallest set whose probability reaches `top_p`, renormalized.
+        max_tokens: maximum number of tokens of a response, including the stop token.
         stop_token_ids: tokens that end a response, usually the tokenizer's end of sequence. If empty, every response
             has `max_tokens` tokens.
-        bfloat16_logits: round the logits to bfloat16 before everything else. Only the transformers engine can.
+        bfloat16_logits: round the logits to bfloat16 before everything else. Only the transformers engine supports it.
 
     Raises:
         ConfigError: a value is out of range.
@@ -57,8 +57,8 @@ class Rollout:
 
     Attributes:
         token_ids: the response's tokens, including the stop token if there is one.
-        logprobs: natural log of the probability with which each token was drawn, after temperature and top_p: it is
-            renormalised over the tokens that top_p leaves. Greedy rollouts have the log-probabilities at temperature 1.
+        logprobs: natural log of the probability with which each token was drawn, after temperature and top_p, and
+            renormalized over the tokens that top_p keeps. Greedy rollouts have the log-probabilities at temperature 1.
         finished: True if the response ends with a stop token, False if it was cut at `max_tokens`.
     """
 
@@ -72,9 +72,9 @@ class Request:
     """One response to sample.
 
     Attributes:
-        index, copy: its prompt, and its number, from 0, among those to this prompt.
-        prompt: the token ids that it follows: the prompt's, and the prefix that it continues.
-        max_tokens: the most tokens to sample.
+        index, copy: the index of its prompt, and its number among the responses to this prompt, from 0.
+        prompt: the token ids before it: the prompt's, then those of a prefix that it continues.
+        max_tokens: maximum number of tokens to sample.
     """
 
     index: int
@@ -100,7 +100,7 @@ class Sampler(ABC):
     Attributes:
         name: "vllm" or "transformers".
         reason: why this engine is used, as a sentence for the user.
-        max_length: the most tokens of a prompt and its response together.
+        max_length: maximum number of tokens of a prompt and its response together.
         vocabulary: number of token ids.
         threads: torch's threads while sampling on a CPU; None keeps those of the process.
     """
@@ -126,7 +126,7 @@ class Sampler(ABC):
         interrupted: Callable[[], bool] | None = None,
         prefixes: Prefixes | None = None,
     ) -> list[list[Rollout]]:
-        """Samples `n` responses to each prompt.
+        """Sample `n` responses to each prompt.
 
         The same weights and the same call give the same rollouts, in this process and in another. The random state of
         the process is restored, even if `arrived` draws from it.
@@ -134,15 +134,15 @@ class Sampler(ABC):
         Args:
             prompts: token ids, one sequence per prompt; may be empty, as on a rank without work.
             n, sampling: responses per prompt, and the settings of sampling.
-            seeds: one integer per prompt. A prompt's rollouts depend on its own seed and not on its place in the list.
-                So another division of the prompts among calls or ranks gives the same rollouts, up to rounding where
+            seeds: one integer per prompt. A prompt's rollouts depend on its own seed and not on its place in the list,
+                so another division of the prompts among calls or ranks gives the same rollouts, up to rounding where
                 two tokens nearly tie.
             arrived: called in this thread as soon as a response is complete, while others are still generated.
                 Generation waits for it, so it must be fast. An error that it raises ends the call; the sampler remains
                 usable.
-            interrupted: asked before each decoding step; True ends the call, and the sampler remains usable.
-            prefixes: the tokens that some responses continue, fewer than `max_tokens`, to which they count. A rollout
-                holds only the tokens after them.
+            interrupted: called before each decoding step; True ends the call, and the sampler remains usable.
+            prefixes: the tokens that some responses continue. They count towards `max_tokens` and must be fewer. A
+                rollout holds only the tokens after them.
 
         Returns:
             For each prompt, in order, its `n` rollouts.
@@ -152,7 +152,7 @@ class Sampler(ABC):
                 or a prefix has such an id.
             ValueError: the numbers of prompts and seeds differ, `n` is below 1, or a prefix is too long.
             RuntimeError: the engine sleeps, has failed before, or the last `load_weights` failed.
-            Interrupted: as `interrupted` asked.
+            Interrupted: `interrupted` returned True.
             NonFiniteError: a log-prob is NaN or infinite. The engine's cache may hold NaN, so it must be restarted.
             EngineError: the engine failed, and must be restarted.
         """
@@ -190,7 +190,7 @@ class Sampler(ABC):
         return [[rollouts[copy] for copy in range(n)] for rollouts in results]
 
     def check(self, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling, seeds: Sequence[int]) -> None:
-        """Raises the errors of `sample` for these arguments."""
+        """Raise the errors of `sample` for these arguments."""
         if len(seeds) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds: give one seed per prompt")
         if n < 1:
@@ -203,12 +203,12 @@ class Sampler(ABC):
         self._check_prompts(prompts, sampling)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Replaces all weights and wakes the engine. If this fails, sampling is refused until a complete set is loaded.
+        """Replace all weights and wake the engine. If this fails, sampling is refused until a complete set is loaded.
 
         Args:
             weights: pairs of a Hugging Face name and a tensor of any dtype and device. A tensor must remain valid only
                 until the next pair is requested, so a generator may gather and free tensors one by one. For tied
-                weights (output head and embedding) one name suffices; of several, the first counts.
+                weights (output head and embedding) one name suffices; if several are given, the first counts.
 
         Raises:
             ModelError: a name is unknown or given twice, a shape is wrong, or weights are missing.
@@ -220,7 +220,7 @@ class Sampler(ABC):
         self._usable = True
 
     def restart(self) -> None:
-        """Starts the engine anew; it has no weights until the next `load_weights`.
+        """Start the engine anew; it has no weights until the next `load_weights`.
 
         `load_weights` restarts an engine that has failed. With several ranks, call this on all of them at the same time
         instead.
@@ -230,17 +230,17 @@ class Sampler(ABC):
         self._is_broken = False
 
     def sleep(self) -> None:
-        """Frees device memory until the next `load_weights`, if the engine can; it may lose its weights."""
+        """Free device memory until the next `load_weights`, if the engine can; it may lose its weights."""
 
     def close(self) -> None:
-        """Frees the engine. The sampler cannot be used afterwards."""
+        """Free the engine. The sampler cannot be used afterwards."""
 
     def _restart(self) -> None:
-        """Starts the engine anew, if a failure can leave a trace in it."""
+        """Start the engine anew, if a failure may have damaged its state."""
 
     @abstractmethod
     def _sample(self, requests: Sequence[Request], sampling: Sampling, complete: Arrived, poll: Poll) -> None:
-        """Samples a response to each request and calls `complete(index, copy, rollout)` as soon as it is complete.
+        """Sample a response to each request and call `complete(index, copy, rollout)` as soon as it is complete.
 
         It calls `poll` before each decoding step, and `complete` or `poll` may raise an error. There is at least one
         request, all are valid, and the longest prompts come first. Results must not depend on their order.
@@ -248,7 +248,7 @@ class Sampler(ABC):
 
     @abstractmethod
     def _load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Replaces all weights, as `load_weights` documents."""
+        """Replace all weights, as `load_weights` documents."""
 
     def _check_prompts(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
         for index, prompt in enumerate(prompts):
@@ -283,7 +283,7 @@ class Sampler(ABC):
 
 @contextmanager
 def _threads_set(threads: int | None) -> Iterator[None]:
-    """Sets torch's number of threads in the block; None keeps it."""
+    """Set torch's number of threads in the block; None keeps it."""
     before = torch.get_num_threads()
     if threads is None or threads == before:
         yield
@@ -296,11 +296,11 @@ def _threads_set(threads: int | None) -> Iterator[None]:
 
 
 def check_finite(index: int, copy: int, rollout: Rollout) -> None:
-    """Raises NonFiniteError if a log-prob of the rollout is NaN or infinite."""
+    """Raise NonFiniteError if a log-prob of the rollout is NaN or infinite."""
     if not math.isfinite(sum(rollout.logprobs)):
         raise NonFiniteError(
-            f"the sampler's log-probs are not finite (response {copy} to prompt {index}); the weights are ruined, or "
-            "the precision does not suffice"
+            f"the sampler's log-probs are not finite (response {copy} to prompt {index}); the weights are corrupt, or "
+            "the precision is too low"
         )
 
 

@@ -34,7 +34,7 @@ Forward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def prepare(model: PreTrainedModel) -> None:
-    """Sets `attention` as the attention of a causal LM that uses torch's SDPA.
+    """Set `attention` as the attention of a causal LM that uses torch's SDPA.
 
     Other models keep their attention, and so do models that select the keys of a token themselves, because they depend
     on the name of the attention.
@@ -78,7 +78,7 @@ def attention(
 
 
 def growing_kv_cache(config: ModelConfig, max_length: int) -> DynamicCache:
-    """An empty cache for a model; `max_length` is the most tokens of a prompt and its response together."""
+    """An empty cache for a model. A prompt and its response together have at most `max_length` tokens."""
     grown = DynamicCache(config=config)
     grown.layers = [GrowingLayer(max_length) if type(old) is DynamicLayer else old for old in grown.layers]
     return grown
@@ -104,7 +104,7 @@ class GrowingLayer(DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_: object, **__: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Appends keys and values [B, heads, t, d] of t new tokens. Returns those of all tokens."""
+        """Append keys and values [B, heads, t, d] of t new tokens. Return those of all tokens."""
         if self._place is not None:
             self.keys.index_copy_(-2, self._place, key_states)
             self.values.index_copy_(-2, self._place, value_states)
@@ -125,7 +125,7 @@ class GrowingLayer(DynamicLayer):
         return self.keys, self.values
 
     def fix(self, size: int, place: torch.Tensor) -> None:
-        """Fixes the number of tokens at `size`. From now on, `update` writes at `place` [1]."""
+        """Fix the number of tokens at `size`. From now on, `update` writes at `place` [1]."""
         self._make_room(size)
         assert self._room is not None
         (self.keys, self.values), self._place = self._room, place
@@ -136,7 +136,7 @@ class GrowingLayer(DynamicLayer):
         return room is not None and room[0].data_ptr() == self.keys.data_ptr() and size <= room[0].shape[-2]
 
     def _make_room(self, size: int) -> None:
-        """Makes room for `size` tokens in total, filled with zeros, because masked values are multiplied by 0."""
+        """Make room for `size` tokens in total, filled with zeros, because masked values are multiplied by 0."""
         used = (self.keys, self.values)
         keys, values = (old.new_zeros((*old.shape[:-2], size, old.shape[-1])) for old in used)
         self._room = (keys, values)
@@ -153,7 +153,7 @@ def steps_of(
         model: the causal LM, which `forward` runs.
         cache: of `growing_kv_cache`.
         mask: [B, T], 1 for the tokens of the prompts, 0 for padding.
-        max_tokens: the most tokens of a response.
+        max_tokens: maximum number of tokens of a response.
         forward: (token ids [b, t], mask, positions [b, t]) → logits [b, V] after the last token.
     """
     recordable = (
@@ -179,7 +179,7 @@ class Steps:
         self._cache, self._mask, self._forward = cache, mask, forward
 
     def keep(self, rows: torch.Tensor) -> None:
-        """Continues with these rows only."""
+        """Continue with these rows only."""
         self._cache.batch_select_indices(rows)
         self._mask = self._mask[rows]
 
@@ -226,14 +226,14 @@ class ReplayedSteps(Steps):
 def record(
     function: Callable[[torch.Tensor], torch.Tensor], example: torch.Tensor
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Records `function` as a CUDA graph, which reads and writes the same memory in every call.
+    """Record `function` as a CUDA graph, which reads and writes the same memory in every call.
 
-    It is called twice, the first time to initialise what is created at first use, so a second call must have the same
-    result. All arguments have the shape and type of `example`.
+    `function` is called twice, the first time to initialize what is created at first use, so a second call must have
+    the same result. All arguments have the shape and type of `example`.
 
     Returns:
-        The recorded function, or, with a warning, `function` itself if it cannot be recorded, as when it waits for the
-        GPU.
+        The recorded function, or, with a warning, `function` itself if it cannot be recorded, for example because it
+        waits for the GPU.
     """
     argument = example.clone()
     function(argument)

@@ -1,4 +1,4 @@
-"""Noise of the sampler: rollouts from another policy than the trainer's, on purpose, to compare corrections for it."""
+"""Deliberate noise: the sampler's policy differs from the trainer's, to compare corrections of this mismatch."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from upge.errors import ConfigError
 class NoiseConfig(Settings):
     """How the sampler of training rollouts is made to differ from the trainer. Evaluations have no noise.
 
-    Nothing is random: the noise follows from the weights and from these settings. Whatever the settings, the sampler's
-    log-probs are those of the distribution that tokens were drawn from: of the rounded weights or logits, and with
-    `top_p` renormalised over the tokens that are left. The trainer's are of its exact weights and of all tokens.
+    Nothing is random: the weights and these settings determine the noise. The sampler's log-probs are always those of
+    the distribution that tokens were drawn from, with rounded weights or logits, and with `top_p` renormalized over the
+    remaining tokens. The trainer's log-probs are those of its exact weights over all tokens.
     """
 
     weight_bits: int = key(
@@ -72,11 +72,11 @@ def rounded(weight: Tensor, bits: int) -> Tensor:
         s = max|w| / (2^(bits-1) - 1),    q = round(w / s), half to even
 
     A row is what the last dimension holds: the weights of one output of a linear layer, or the embedding of a token.
-    Tensors with less than two dimensions (biases, norms) and rows of zeros are returned as they are. It is computed in
-    float32, by operations that IEEE 754 defines exactly, so the result is the same on any machine.
+    Tensors with fewer than two dimensions (biases, norms) and rows of zeros are returned unchanged. The result is
+    computed in float32, by operations that IEEE 754 defines exactly, so it is the same on any machine.
 
     Args:
-        weight: it is not changed.
+        weight: the weight, which is not modified.
         bits: at least 2.
 
     Returns:

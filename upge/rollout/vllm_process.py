@@ -20,7 +20,7 @@ import torch
 
 
 def prepare_environment() -> None:
-    """Sets the environment variables that vLLM reads when it is imported or started, unless the user has set them.
+    """Set the environment variables that vLLM reads when it is imported or started, unless the user has set them.
 
     VLLM_ENABLE_V1_MULTIPROCESSING is always 0, because vLLM must run in the process of the trainer and its tensors.
     """
@@ -46,7 +46,7 @@ def cpu_binding() -> str:
 
 
 def import_vllm() -> ModuleType:
-    """Imports vLLM without its output. Raises whatever the import raises."""
+    """Import vLLM without its output, and raise whatever the import raises."""
     prepare_environment()
     with quiet():
         return importlib.import_module("vllm")
@@ -71,7 +71,8 @@ def why_not_vllm(device: str) -> str | None:
 def cache_bytes(sequences: int, max_length: int, bytes_per_token: int, memory_fraction: float, block: int) -> int:
     """Bytes of a cache that holds `sequences` sequences of `max_length` tokens in blocks of `block` tokens.
 
-    At most `memory_fraction` of this rank's part of the free memory. A token's keys and values take `bytes_per_token`.
+    It takes at most `memory_fraction` of this rank's part of the free memory. The keys and values of one token take
+    `bytes_per_token`.
     """
     blocks = sequences * (-(-max_length // block) + 1)
     share = free_memory() / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -101,7 +102,7 @@ _COMPILED = (
 
 
 def functions_uncompiled() -> None:
-    """Replaces small compiled functions of vLLM by their uncompiled originals.
+    """Replace small compiled functions of vLLM by their uncompiled originals.
 
     Eager mode does not affect these functions, so they alone would start the C++ compiler in the first call of every
     process.
@@ -115,7 +116,7 @@ def functions_uncompiled() -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Suppresses output to stdout and stderr in the block, including that of C++ libraries. On an error it is shown.
+    """Suppress output to stdout and stderr in the block, including that of C++ libraries. On an error it is shown.
 
     Does nothing if VLLM_LOGGING_LEVEL asks for more than errors.
     """
@@ -146,7 +147,7 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def interrupts_held() -> Iterator[Callable[[], None]]:
-    """Delays Ctrl-C until the end of the block: an engine that is interrupted in a step cannot be used again.
+    """Delay Ctrl-C until the end of the block: an engine that is interrupted in a step cannot be used again.
 
     Yields a function that the block may call where an interrupt does no harm: it handles one that has arrived.
     """
@@ -180,7 +181,7 @@ def interrupts_held() -> Iterator[Callable[[], None]]:
 
 @contextmanager
 def threads_kept() -> Iterator[None]:
-    """Restores torch's number of threads and the function that sets it.
+    """Restore torch's number of threads and the function that sets it.
 
     vLLM's CPU worker replaces the function by one that only warns, and its GPU worker sets the number to 1.
     """
@@ -194,7 +195,7 @@ def threads_kept() -> Iterator[None]:
 
 @contextmanager
 def groups_kept() -> Iterator[None]:
-    """Keeps torch's process groups, and vLLM's own, when an engine is shut down in the block.
+    """Keep torch's process groups, and vLLM's own, when an engine is shut down in the block.
 
     vLLM destroys all of them, also those of the trainer. The next engine of the process uses them again.
     """

@@ -19,7 +19,7 @@ from upge.trajectories import Trajectories
 
 
 def check_algorithm(algorithm: Algorithm) -> None:
-    """Checks that an algorithm obeys the rules of the library.
+    """Check that an algorithm obeys the rules of the library.
 
     - Every part conforms (`check_component`).
     - The factors multiply to the weights. Without regularizers, the weights are minus the gradient of the loss with
@@ -27,9 +27,9 @@ def check_algorithm(algorithm: Algorithm) -> None:
     - The gradient does not depend on the split into micro-batches, the padding, the order of the trajectories, or
       places outside the response mask. This is also checked where rollouts begin with tokens of a demonstration.
     - Trajectories that the plan drops have no gradient, and dropping them changes no weights of the others.
-    - Parts of reach 'batch' give the same when they are evaluated after the plan, from what it asks for.
+    - Parts of reach 'batch' give the same values when they are evaluated after the plan, from its contributing rows.
     - Weights, loss and gradient are finite at extremes, in single precision and on degenerate batches.
-    - Terms and regularizers that move other tokens than the sampled one: see `upge.testing.supports`.
+    - Terms and regularizers that move tokens other than the sampled one: see `upge.testing.supports`.
 
     Raises:
         ConformanceError: the first broken rule.

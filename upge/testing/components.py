@@ -42,7 +42,7 @@ _CHECKED = (
 
 
 def check_component(component: Component) -> None:
-    """Checks that a part obeys the rules of its slot.
+    """Check that a part obeys the rules of its slot.
 
     The rules are about shape, precision, detachment, range and purity. The value must not depend on padding, order or
     tokens outside the response mask, the declared `reads` and `reach` must be correct, and the value must be finite at
@@ -315,9 +315,7 @@ def _signs(batch: Trajectories) -> Tensor:
 def _check_reach(component: Component, batch: Trajectories, value: Tensor) -> None:
     """A live part must have the same values on micro-batches of its declared reach as on the whole batch.
 
-    Reach 'batch' has no micro-batches.
-
-    Parts that are not live are always computed on the whole batch.
+    Reach 'batch' has no micro-batches. Parts that are not live are always computed on the whole batch.
     """
     if component.is_precomputed() or isinstance(component, Reduction):
         return
@@ -348,7 +346,7 @@ def _check_packed(component: Component, precomputed: Component, batch: Trajector
     packed: Tensor = attempt(f"{name} {problem % 'fails'}", precomputed, precomputed.view(batch.pack()), *arguments)
     expected = valid(value, batch)
     require(packed.shape == expected.shape, f"{name} {problem % 'gives another value'}")
-    # Up to rounding: torch may take another instruction for the last few numbers of a tensor.
+    # Up to rounding: torch may use other instructions for the last few numbers of a tensor.
     close(name, problem % "gives another value", expected, packed)
 
 

@@ -18,7 +18,7 @@ _VOCABULARY, _STEP = 9, 1e-4
 
 
 def check_divergence(advantage: Divergence) -> None:
-    """Checks `Divergence.divergence` against the advantage, by central differences on random distributions.
+    """Check `Divergence.divergence` against the advantage, by central differences on random distributions.
 
     Raises:
         ConformanceError: the value is not one finite number per token, or Â/π_ref is not minus its derivative.

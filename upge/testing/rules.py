@@ -25,13 +25,13 @@ class ConformanceError(AssertionError):
 
 
 def require(holds: bool, message: str) -> None:
-    """Raises `ConformanceError` with `message` unless the rule holds."""
+    """Raise `ConformanceError` with `message` unless the rule holds."""
     if not holds:
         raise ConformanceError(message)
 
 
 def require_instance(value: object, kind: type, example: str, fix: str = "pass an instance") -> None:
-    """Raises TypeError unless `value` is an instance of `kind`; `fix` is for instances of other classes."""
+    """Raise TypeError unless `value` is an instance of `kind`; `fix` is for instances of other classes."""
     if not isinstance(value, kind):
         given = f"the class {value.__name__}" if isinstance(value, type) else repr(value)
         raise TypeError(f"expected {example}, found {given}; {'pass an instance' if isinstance(value, type) else fix}")
@@ -58,14 +58,14 @@ def valid(value: Tensor, batch: Trajectories) -> Tensor:
 
 
 def same(name: str, problem: str, expected: Tensor, actual: Tensor, batch: Trajectories) -> None:
-    """Requires equal values on the tokens in the response mask of `batch`; wider values are cut to its width."""
+    """Require equal values on the tokens in the response mask of `batch`; wider values are cut to its width."""
     width = batch.response_mask.shape[1]
     left, right = (valid(x if x.ndim == 1 else x[:, :width], batch) for x in (expected, actual))
     close(name, problem, left, right)
 
 
 def close(name: str, problem: str, expected: Tensor, actual: Tensor, tolerance: float = TOLERANCE) -> None:
-    """Requires equal values up to rounding."""
+    """Require equal values up to rounding."""
     difference = float((expected.double() - actual.double()).detach().abs().max()) if expected.numel() else 0.0
     scale = max(1.0, float(expected.detach().abs().max())) if expected.numel() else 1.0
     require(difference <= tolerance * scale, f"{name} {problem} (largest difference {difference:.3g})")

@@ -1,4 +1,4 @@
-"""Conformance of what moves other tokens than the sampled one (see `upge.support`): terms, and divergences."""
+"""Conformance of terms and divergences that move tokens other than the sampled one (see `upge.support`)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _VOCABULARY = 9
 
 
 def check_supports(algorithm: Algorithm) -> None:
-    """Checks the gradient with respect to the log-probs of every token of the vocabulary.
+    """Check the gradient with respect to the log-probs of every token of the vocabulary.
 
     It must not depend on the split into micro-batches, the padding, the order of the trajectories or the blocks of
     tokens in which the output head asks for it, and must be finite for nearly deterministic distributions.

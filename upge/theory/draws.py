@@ -53,7 +53,7 @@ class Row(NamedTuple):
 
 #: The trajectories of a group, and its probability.
 WeightedGroup = tuple[tuple[Row, ...], float]
-#: The most groups of one evaluation, and how many of them are also evaluated alone.
+#: Maximum number of groups in one evaluation, and the number of groups that are also evaluated alone.
 MOST_GROUPS, PROBES = 64, 2
 
 
@@ -72,15 +72,15 @@ class Setting:
         reference: the reference policy, which fills `reference_logprobs`.
         teacher: the teacher, which fills `teacher_logprobs`.
         values: [P] the critic's value of each prefix.
-        prefixes: tokens → their probability, for an algorithm with guided rollouts: the distribution of what those of a
-            group continue. It takes the place of the algorithm's own distribution of lengths.
-        step: the training steps before the batch, for schedules.
+        prefixes: prefix → its probability, for an algorithm with guided rollouts: the distribution of the prefix that
+            the guided rollouts of a group continue. It replaces the algorithm's own distribution of lengths.
+        step: number of training steps before the batch, for schedules.
         remembered: what is remembered of the prompt.
         named_rewards: name → (weight, reward) of the rewards that `reward` is the weighted sum of; empty = one reward.
 
     Raises:
         ConfigError: a policy has other responses than `policy`, `prefixes` is not a distribution of beginnings, or
-            `reward` is another sum.
+            `reward` is not the weighted sum of `named_rewards`.
     """
 
     policy: SoftmaxPolicy
@@ -234,7 +234,7 @@ class Evaluator:
 
         Many groups are evaluated as one batch in which every divisor counts a group alone (`EachGroup`). An algorithm
         whose groups also depend on each other in other ways, such as through whitened advantages, is evaluated group by
-        group: those with the largest gradients are evaluated both ways, and this tells.
+        group. To detect such an algorithm, the groups with the largest gradients are evaluated both ways.
         """
         if not self.algorithm.parts_per_update and len(groups) > PROBES:
             together = torch.cat(
@@ -269,7 +269,7 @@ class Evaluator:
         return total
 
     def through_vocabulary(self, slopes: Float[Tensor, "b T V"], number: Int[Tensor, "b"]) -> Float[Tensor, "b P V"]:
-        """[b, P, V] Σ_tv slopes·∇log π(v|t) over the tokens of each of some responses, by their numbers."""
+        """[b, P, V] Σ_tv slopes·∇log π(v|t) over the tokens of each response that `number` lists."""
         policy, prefix = self.setting.policy, self.setting.policy.responses.prefix[number]
         by_logits = slopes - slopes.sum(dim=-1, keepdim=True) * policy.logits.detach().softmax(dim=-1)[prefix]
         return torch.einsum("btp,btv->bpv", one_hot(prefix, len(policy.logits)).double(), by_logits)
@@ -303,7 +303,7 @@ class EachGroup(Reduction):
 
 
 def check(algorithm: Algorithm, setting: Setting, group_size: int, demonstrations: int) -> None:
-    """Checks that the setting provides all that the algorithm reads or learns from.
+    """Check that the setting provides all that the algorithm reads or learns from.
 
     Raises:
         ConfigError: something is missing; the message says what to give.

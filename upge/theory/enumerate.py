@@ -118,7 +118,7 @@ def expectation(
 
     Args:
         group_size: rollouts per question, drawn independently.
-        demonstrations: per question, drawn independently of each other and of the rollouts.
+        demonstrations: demonstrations per question, drawn independently of each other and of the rollouts.
         questions: groups per batch, drawn independently for the one prompt of the setting.
         target: [P, V] the gradient to compare with. The default is ∇E[R], or -∇KL(π_β‖π_θ) for an algorithm that learns
             from demonstrations only.
@@ -153,7 +153,7 @@ def expectation(
 
 
 def mixture(mean: Float[Tensor, "P V"], objectives: Iterable[Tensor]) -> tuple[tuple[float, ...], float]:
-    """Decomposes an expected gradient [P, V] into the gradients of objectives by least squares.
+    """Decompose an expected gradient [P, V] into the gradients of objectives by least squares.
 
     Returns:
         The coefficients c that minimize ‖mean - Σ c·objective‖, and this remainder relative to ‖mean‖: 0 if `mean` is a

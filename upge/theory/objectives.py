@@ -1,8 +1,8 @@
-"""Which objective an estimator climbs: its expected gradient over several prompts, against those of objectives.
+"""Which objective an estimator maximizes: its expected gradient over several prompts, against those of objectives.
 
 For one prompt and rewards 0 and 1, all objectives of the pass rate p have the direction of ∇p. They differ in the
-weight f′(p) that a prompt has among others. So the expected gradients of several prompts with different pass rates,
-each with a table of its own, are compared as one vector:
+weight f′(p) that a prompt has among others. Therefore the expected gradients of several prompts with different pass
+rates, each with a table of its own, are compared as one vector:
 
     report = comparison(algorithm, prompts, group_size=4)["log p, n terms"]
     report.bias, report.cosine, report.scale
@@ -72,8 +72,9 @@ class Comparison:
 
     Attributes:
         cosine: of g and ∇J; 0 if one of them vanishes.
-        scale: the c ≥ 0 with the smallest ‖g/c - ∇J‖, apart from which g may equal ∇J: learning rates absorb it.
-        bias: min_c ‖c·g - ∇J‖/‖∇J‖ over c ≥ 0, which is √(1 - cosine²), or 1 where the cosine is negative.
+        scale: the c > 0 with the smallest ‖g/c - ∇J‖, a factor that the learning rate absorbs; 0 if the cosine is not
+            positive.
+        bias: min_c ‖c·g - ∇J‖/‖∇J‖ over c ≥ 0, which is √(1 - cosine²), or 1 if the cosine is not positive.
     """
 
     cosine: float
@@ -97,7 +98,8 @@ def comparison(
 ) -> Mapping[str, Comparison]:
     """The comparison with every objective that all prompts have, for batches of one prompt drawn uniformly.
 
-    Where groups are not kept, another prompt is drawn, so a prompt's gradient counts with its probability to be kept.
+    If a group is not kept, another prompt is drawn, so a prompt's gradient is weighted by the probability that its
+    group is kept.
     """
     reports = [
         expectation(algorithm, prompt, group_size=group_size, demonstrations=demonstrations) for prompt in prompts

@@ -93,7 +93,7 @@ class SoftmaxPolicy:
 
     Attributes:
         logits: [P, V] float64, a row for each prefix in the order of `responses`; -inf for impossible tokens.
-        horizon: the most tokens of a response.
+        horizon: maximum number of tokens of a response.
         end: the token after which a response ends; None = all responses have `horizon` tokens.
 
     Raises:

@@ -176,7 +176,7 @@ def test_a_penalty_is_no_response_that_has_become_unlikely():
     plain, loaded = algorithms.load("kl_cov"), algorithms.load("kl_cov", corrections=["sequence_mask"])
     assert loaded.terms["kl"] == plain.terms["kl"] and loaded.terms["rl"] != plain.terms["rl"]
     alone = dataclasses.replace(plain, terms={"kl": plain.terms["kl"]})
-    with pytest.raises(upge.corrections.NotApplicable, match="penalties .RatioSign., which judge no response"):
+    with pytest.raises(upge.corrections.NotApplicable, match="penalties .RatioSign., which do not rate responses"):
         upge.corrections.SequenceMask()(alone)
 
 

@@ -30,7 +30,7 @@ ESTIMATOR = "terms.rl.estimator"
             (name, f"'{term}' learns from the beginnings of demonstrations that its rollouts continue, and sampling")
             for name, term in (("prefix_rft", "prefix"), ("uft", "hint"))
         ),
-        ("relift", "its `interleaved_update` collects questions"),
+        ("relift", "its `interleaved_update` collects prompts"),
     ],
 )
 def test_sampling_does_not_take_away_what_demonstrations_are_for(algorithm, reason):
@@ -71,7 +71,7 @@ def test_a_gate_for_questions_that_sampling_would_replace(gate, rate, tmp_path):
         assert loaded.sampling is not None and loaded.terms["rl"].gate.gates[0] != upge.ConstantGate()
         return
     said = message(lambda: algorithms.load(path, corrections=["dynamic_sampling"]))
-    assert f"the gate of its term 'rl' chooses questions by their pass rate and is open at {rate}," in said, said
+    assert f"the gate of its term 'rl' chooses prompts by their pass rate and is open at {rate}," in said, said
 
 
 def test_a_gate_of_ones_own_says_where_it_is_closed():

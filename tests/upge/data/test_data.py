@@ -215,6 +215,6 @@ def test_the_evaluation_may_have_other_levels():
     assert {problem.level for problem in actual.train} == {"3 numbers"}
     assert actual.evaluation == Arithmetic(levels, evaluation_size=6).load().evaluation
     assert {problem.level for problem in actual.evaluation} == {*levels}
-    for wrong, said in ((["1 numbers"], "'1 numbers' is no level"), ([], "expected one or more distinct levels")):
+    for wrong, said in ((["1 numbers"], "'1 numbers' is not a level"), ([], "expected one or more distinct levels")):
         with pytest.raises(ConfigError, match=f"data.evaluation_levels: {said}"):
             Arithmetic(evaluation_levels=wrong)

@@ -84,7 +84,7 @@ def test_rejected_column_of_a_file(tmp_path):
     for content, said in (
         ("22", r"train.jsonl:1: no '####' in the column 'rejected'"),
         (7, r"train.jsonl:1: column 'rejected' holds 7; expected text"),
-        ("2+2=4\n#### 4", r"train.jsonl:1: the columns 'answer' and 'rejected' say the same"),
+        ("2+2=4\n#### 4", r"train.jsonl:1: the columns 'answer' and 'rejected' are equal"),
     ):
         with pytest.raises(DataError, match=said):
             load(rejected=content)

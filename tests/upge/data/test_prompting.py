@@ -108,7 +108,7 @@ def test_a_format_string_takes_the_system_message_and_doubled_braces():
         ("Question: ", "has no {prompt}"),
         ("", "has no {prompt}"),
         ("{system}", "has no {prompt}"),
-        ("{prompt} in \\boxed{", "is no format string"),
+        ("{prompt} in \\boxed{", "is not a format string"),
         ("{prompt}}", "double a plain brace"),
     ],
 )

@@ -139,7 +139,7 @@ def test_half_precision_is_close():
 def test_errors():
     policy, teacher, targets = tensors()
     hidden, weight, _ = policy
-    with pytest.raises(ValueError, match="a function came for other tokens"):
+    with pytest.raises(ValueError, match="has a function for other tokens"):
         token_loss(hidden, weight, targets, coefficients(entropy=False))
     small = Output(teacher.hidden, teacher.weight[: V - 1])
     with pytest.raises(ValueError, match="give a model with at least the policy's vocabulary"):

@@ -186,7 +186,7 @@ def test_a_loss_hands_its_gradient_on_once():
     [
         (lambda lp, h, chunk: Coefficients(lp, lp), "a loss without dimensions"),
         (lambda lp, h, chunk: Coefficients(lp.sum(), lp[:1]), "as many numbers"),
-        (lambda lp, h, chunk: Coefficients(lp.sum(), lp, h), "some came for the entropies, but entropy_gradient is"),
+        (lambda lp, h, chunk: Coefficients(lp.sum(), lp, h), "has some for the entropies, but entropy_gradient is"),
     ],
 )
 def test_what_a_coefficient_function_may_not_say(coefficients, message):

@@ -188,7 +188,7 @@ def test_a_damaged_file_is_named(kept: float, small, cache: Path, tmp_path: Path
 
 def test_an_unknown_way_of_cutting_words_is_refused(cache: Path, tmp_path: Path):
     gguf_files.write(tmp_path / "odd.gguf", pre="odd-bpe")
-    with pytest.raises(ModelError, match="cuts words in the way 'odd-bpe', known are .*give a folder with the model's"):
+    with pytest.raises(ModelError, match="unknown pre-tokenizer 'odd-bpe' .known: .*give a folder with the model's"):
         models.local_path(str(tmp_path / "odd.gguf"))
 
 

@@ -382,7 +382,7 @@ def test_a_part_that_takes_the_advantages_is_told_to_say_so():
         def __call__(self, batch, advantages):
             return batch.logprobs.detach() * (advantages < 0)
 
-    with pytest.raises(ConformanceError, match=r"Silent is called with \(batch\).*sets `sees_advantages = True`"):
+    with pytest.raises(ConformanceError, match=r"Silent is called with \(batch\).*set `sees_advantages = True`"):
         check_component(Silent())
     with pytest.raises(TypeError, match="reads names unknown columns .'logprob'.; did you mean 'logprobs'"):
         advantage_of(lambda b: b.logprobs.detach(), reads={"logprob"})

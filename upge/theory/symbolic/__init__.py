@@ -2,7 +2,7 @@
 
     from upge.theory import symbolic
 
-    def objective(world):                               # J, to be maximised; here: the mean log-likelihood of experts
+    def objective(world):                               # J, to be maximized; here: the mean log-likelihood of experts
         rows = world.demonstrations
         return sum(sympy.log(p) for row in rows for p in row.p) / sum(map(len, rows))
 

@@ -8,8 +8,8 @@ Three results are compared for every token, in every cell that the points visit:
 So the parts' code computes the objective's gradient, on the whole cell and not only at its point.
 
 Two bounds that should be equal, such as 1.2 and 1.21, matter only for ratios between them, and a random point rarely
-lies there. So the bounds of objective and parts are computed from the questions that were asked, and every gap between
-two bounds is visited.
+lies there. Therefore the bounds of objective and parts are computed from the questions that were asked, and every gap
+between two bounds is visited.
 """
 
 from __future__ import annotations
@@ -249,14 +249,14 @@ def compare(algorithm: Algorithm, world: World, terms: dict[str, Factors] | None
 
 
 def prove(algorithm: Algorithm, objective: Objective, points: int = 100, **settings: Any) -> Proof:
-    """Derives the factor of every token from an objective and compares it with the product of an algorithm's parts.
+    """Derive the factor of every token from an objective and compare it with the product of an algorithm's parts.
 
     The comparison runs in the cells of points of a ragged batch. It visits random points until every question has been
     answered both ways and the last points have shown nothing new. Then it visits each gap between two bounds, of the
     objective or of the parts. It skips points on a kink.
 
     Args:
-        points: the most random points.
+        points: maximum number of random points.
         **settings: the arguments of `World`.
 
     Raises:
@@ -294,7 +294,7 @@ class _Search:
         return all(len(given) == 2 for given in self.answers.values())
 
     def visit(self, world: World) -> None:
-        """Derives the factors in the cell of the world's point and compares them."""
+        """Derive the factors in the cell of the world's point and compare them."""
         try:
             derived, terms = derive(self.objective, world), factors(self.algorithm, world)
         except BoundaryPoint:

@@ -32,7 +32,7 @@ _RULES: dict[type, Rule] = {}
 
 
 def rule(kind: type) -> Callable[[Rule], Rule]:
-    """Registers the decorated function as the symbolic form of the class `kind`."""
+    """Register the decorated function as the symbolic form of the class `kind`."""
 
     def register(function: Rule) -> Rule:
         _RULES[kind] = function

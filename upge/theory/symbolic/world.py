@@ -1,8 +1,8 @@
 """A batch of symbols: a few short responses in which every probability, reward and value is a symbol.
 
-An objective with clips and minima is only piecewise smooth. So a `World` has one rational point in addition to its
-symbols. `less(a, b)` returns the answer at that point and records the question. An expression that is built with these
-answers is smooth and valid on the whole cell of points that give the same answers. Many points visit many cells.
+An objective with clips and minima is only piecewise smooth. A `World` therefore has one rational point in addition to
+its symbols. `less(a, b)` returns the answer at that point and records the question. An expression that is built with
+these answers is smooth and valid on the whole cell of points that give the same answers. Many points visit many cells.
 Equality is always shown between expressions, never between numbers.
 """
 
@@ -51,8 +51,8 @@ class Row:
         s: π_sampler, the policy as the sampler reported it.
         n: ν, the teacher.
         v: the critic's values.
-        w: the squared lengths of the scores.
-        u: the value that is remembered of its question, the same for all of its rows.
+        w: the squared norms of the scores.
+        u: the remembered value of its question, the same for all rows of the question.
         h: the entropies; they depend on θ, so an objective that does not detach them has a gradient through them.
         reward: the reward.
         others: name → further rewards of a batch with several; `reward` is the one called 'first'.
@@ -223,8 +223,8 @@ class World:
         """A coefficient that depends on neither tokens nor rewards, such as the current value of a schedule.
 
         Args:
-            name: of the symbol.
-            value: at the point; None = keep the value, or use a default.
+            name: the symbol's name.
+            value: its value at the point; None = keep the value, or use a default.
 
         Raises:
             ValueError: the same name was given another value before.
