@@ -232,7 +232,7 @@ def followed(where: Sequence[str | int], value: Any) -> str | None:
 
 
 def split_settings(before: DictConfig, after: DictConfig) -> list[str]:
-    """Sentences on settings that follow another one in the file, but after overrides have a value of their own."""
+    """Warnings about settings that follow another setting in the file, but differ from it after the overrides."""
     sentences = []
     for where, value in leaves(plain(before)):
         key, target = ".".join(map(str, where)), followed(where, value)

@@ -42,7 +42,7 @@ class Words:
 
 
 def words(name: str, folder: Any = algorithms.FOLDER) -> Words:
-    """Parses the header of an algorithm's file, or of a correction's with `folder` = algorithms.CORRECTIONS."""
+    """Parse the header of an algorithm's file, or of a correction's with `folder` = algorithms.CORRECTIONS."""
     text = algorithms.header(algorithms.find(name, folder))
     # Paragraphs of the header after the description of the algorithm begin with these words.
     what, *rest = re.split(r"^(?=(?:Textbook|Choices)\b)", text, flags=re.MULTILINE)

@@ -118,7 +118,7 @@ Each algorithm is
 ∇J = Σ_terms Σ_trajectories  gate · w · Σ_t 1_stable · (1/π_ref) · Â · ∇π_θ      (+ regularizers)
 ```
 
-r = π_θ/π_old, P = pass rate of the prompt's rollouts, R = reward, H = entropy. π_ref is the paper's name of the
+r = π_θ/π_old, P = pass rate of the prompt's rollouts, R = reward, H = entropy. π_ref is the paper's name for the
 denominator; π_0 is the reference policy of KL terms, preference pairs and importance weights; ν is the teacher. Without
 Σ_v a term moves the sampled token alone; with Σ_v the product is summed over tokens v of the vocabulary
 ([distillation.md](distillation.md)).

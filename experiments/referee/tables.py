@@ -98,12 +98,12 @@ CLAIMS = (
           ("2 micro-batches", "4 micro-batches")),
     Claim("OpenRLHF, arXiv 2604.23747", "the mean of micro-batches' means in SFT", "openrlhf", "sft",
           ("2 micro-batches", "4 micro-batches", "2 ranks")),
-    Claim("ms-swift, seen here", "as TRL #6024", "ms_swift", "dapo", _SAMPLED),
-    Claim("verl, seen here", "geo_mean is not divided by the number of micro-batches", "verl", "geo_mean",
+    Claim("ms-swift, found here", "as TRL #6024", "ms_swift", "dapo", _SAMPLED),
+    Claim("verl, found here", "geo_mean is not divided by the number of micro-batches", "verl", "geo_mean",
           ("2 micro-batches", "4 micro-batches")),
-    Claim("verl, seen here", "seq-mean-token-sum-norm depends on the padding", "verl",
+    Claim("verl, found here", "seq-mean-token-sum-norm depends on the padding", "verl",
           "vanilla, seq-mean-token-sum-norm", ("whole", "5 columns of padding")),
-    Claim("verl, seen here", "token-mean is a mean of micro-batches' means", "verl", "vanilla, token-mean",
+    Claim("verl, found here", "token-mean is a mean of micro-batches' means", "verl", "vanilla, token-mean",
           ("4 micro-batches", "2 ranks")),
 )  # fmt: skip
 

@@ -35,7 +35,7 @@ def sections(found: Sequence[Result]) -> list[tuple[str, list[str], Table | None
         notes = [f"Called: {called}." if called else "", f"Supplied: {framework(result.framework).SUPPLIED}."]
         if result.data["stubs"]:
             notes.append(
-                f"Packages that are not there, and that the losses do not use: {', '.join(result.data['stubs'])}."
+                f"Imports that are missing here and that the losses do not use: {', '.join(result.data['stubs'])}."
             )
         refused = tables.refusals(rows)
         notes.append(f"Not compared: {'; '.join(refused)}." if refused else "")

@@ -21,10 +21,10 @@ PAGE = DOCS / "table1.md"
 _LATEX = {THETA: r"\pi_\theta", OLD: r"\pi_{old}", ADVANTAGE: r"\hat A", RATIO: "s"}
 METHODS = (
     Method("SFT", "sft", "sft", "exact everywhere"),
-    Method("PPO", "ppo", "rl", "the file whitens the GAE over the batch and pays a KL penalty within it"),
+    Method("PPO", "ppo", "rl", "the file whitens the GAE over the batch and subtracts a KL penalty from its rewards"),
     Method("GRPO", "grpo", "rl", "exact off the clip's edges, where the objective has kinks"),
     Method("REINFORCE", "reinforce", "rl", "exact everywhere"),
-    Method("CISPO", "cispo", "rl", "the paper's π_ref = π_old holds below the bound alone; above it no mask stops the "
+    Method("CISPO", "cispo", "rl", "the paper's π_ref = π_old holds only below the bound; above it no mask drops the "
            "token, which keeps its gradient with the weight at the bound"),
     Method("GSPO", "gspo", "rl", "π_ref = π_θ/s is the paper's π_θ·(π_old(τ)/π_θ(τ))^(1/|τ|); ratio and mask are the "
            "response's"),
