@@ -84,7 +84,7 @@ def _terms(path: str, one: Algorithm) -> list[str]:
         lines.append(f"{path}regularizers.{name}, from {regularizer.source}")
         lines.append(_row("", f"{regularizer.formula().text}   {regularizer!r}"))
     if one.critic is not None:
-        lines += [f"{path}critic, minimised separately", _row("", f"{one.critic.formula().text}   {one.critic!r}")]
+        lines += [f"{path}critic, minimized separately", _row("", f"{one.critic.formula().text}   {one.critic!r}")]
     return lines
 
 

@@ -207,7 +207,7 @@ def prepare(chosen: Chosen) -> Prepared:
     model = replace(config.model, path=local_path(config.model.path))
     check_length(model, config.suite.max_prompt_tokens, config.suite.max_response_tokens, "suite")
     if (found := marked(model.path)) != NONE:
-        notes = [*notes, f"this model was trained with a fault on purpose, fault={found}; its scores carry the name"]
+        notes = [*notes, f"this model was trained with a fault on purpose, fault={found}; scores.json records it"]
     weights = fingerprint(model.path)
     folder.check_weights(weights, config.model.path)
     prompting = load_prompting(model)

@@ -193,7 +193,7 @@ def _start_folder(composed: Any, prepared: Any, metadata: dict[str, Any], resume
 
 
 def _saved_by(folder: Any, step: int | None, world: World) -> str:
-    """A remark if another number of ranks wrote the checkpoint of `step`; None is no checkpoint."""
+    """A remark if a different number of ranks wrote the checkpoint of `step`; None = no checkpoint."""
     from experiments.run.workload import pluralize
     from upge.train.resharding import saved_ranks
 
@@ -224,7 +224,7 @@ def _models(composed: Any, world: World) -> Any:
     if needs.teacher and config.teacher.self and config.teacher.weights == "present":
         teacher = policy
     elif needs.teacher:
-        # One that is not loaded for itself is the reference policy's model, or the policy's without adapters.
+        # A teacher without weights of its own is the reference policy's model, or the policy's without adapters.
         is_base = teacher_model(config) is None
         teacher = BasePolicy(policy) if is_base else frozen.get("teacher", frozen.get("reference"))
     return Models(policy, critic, reference, teacher)

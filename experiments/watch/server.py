@@ -45,7 +45,7 @@ def _changed(path: Path) -> float:
 
 @contextlib.contextmanager
 def serving(folder: Path, port: int) -> Iterator[str]:
-    """Serves the report in the block; gives its address. `port` 0 = a free one.
+    """Serves the report in the block and yields its address. `port` 0 = a free one.
 
     Raises:
         ConfigError: the port is in use or may not be used.
