@@ -35,7 +35,7 @@ MOST_SHOWN = 12
 class Settings(config.Settings):
     """Keys of this bench."""
 
-    folder: str = config.key("", "with math/train.parquet and gsm8k/train.jsonl; empty = synthetic answers")
+    folder: str = config.key("", "folder with math/train.parquet and gsm8k/train.jsonl; empty = synthetic answers")
     answers: int = config.key(
         0,
         "answers per round, without and with bombs; 0 = 5,000 of the folder or 400 synthetic ones",

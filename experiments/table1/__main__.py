@@ -21,7 +21,7 @@ PAGE = DOCS / "table1.md"
 _LATEX = {THETA: r"\pi_\theta", OLD: r"\pi_{old}", ADVANTAGE: r"\hat A", RATIO: "s"}
 METHODS = (
     Method("SFT", "sft", "sft", "exact everywhere"),
-    Method("PPO", "ppo", "rl", "the file whitens the GAE over the batch and pays a KL penalty within it"),
+    Method("PPO", "ppo", "rl", "the file whitens the GAE over the batch and subtracts a KL penalty from its rewards"),
     Method("GRPO", "grpo", "rl", "exact off the clip's edges, where the objective has kinks"),
     Method("REINFORCE", "reinforce", "rl", "exact everywhere"),
     Method("CISPO", "cispo", "rl", "the paper's π_ref = π_old holds below the bound alone; above it no mask stops the "
@@ -50,7 +50,7 @@ def latex(expression: Expr) -> str:
 
 
 def _stop(method: Method, style: str, gradient: str) -> str:
-    """Mask and shape without the gradient, the factors with a separate column in the paper's table."""
+    """Mask and shape without the gradient: the factors that have a column of their own in the paper's table."""
     estimator = method.part.estimator
     factors = [getattr(part.formula(), style) for part in (estimator.mask, estimator.likelihood)]
     return (" · " if style == "text" else r"\cdot ").join(
