@@ -11,7 +11,7 @@ export VENV PYTHON ENGINE TORCH_INDEX
 PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-# Tests of the CPU set that use libraries of which the CUDA set has other versions.
+# Tests of the CPU set that use libraries whose versions differ in the CUDA set.
 STACK := $(addprefix tests/upge/train/test_,engine.py packing.py term_gradients.py learner.py attention_kernel.py lora.py \
 	elementwise.py::test_the_code_of_every_family_is_known)
 # The problems of sweep=distillation.

@@ -296,7 +296,7 @@ def _with(updater: Updater, **changed: Any) -> Updater:
 
 
 def _sampling(sampler: Sampler, change: Callable[[Sampling], Sampling]) -> Sampler:
-    """The sampler with other sampling settings than it is called with."""
+    """A sampler that changes the settings that it is called with before it samples."""
 
     def sample(prompts: Any, n: int, asked: Sampling, *rest: Any, **more: Any) -> Any:
         return sampler.sample(prompts, n, change(asked), *rest, **more)

@@ -214,7 +214,7 @@ def checkpoint_bytes(parameters: int, moments: int = 1) -> int:
 def graph_bytes(max_sequences: int) -> int:
     """Bytes of vLLM's CUDA graphs, part of its share of the memory, which sleep does not free.
 
-    1 GiB is assumed for the about 100 graphs of all 51 sizes. vLLM logged 0.2 GiB for 35 graphs of a model of 1 B
+    1 GiB is assumed for all 51 sizes, about 100 graphs. vLLM logged 0.2 GiB for 35 graphs of a model of 1 B
     parameters, and 1 GiB for a model of 55 GiB.
     """
     recorded = [size for size in GRAPH_SIZES if not max_sequences or size <= 2 * max_sequences]

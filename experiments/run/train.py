@@ -255,7 +255,7 @@ def _finish(path: Path, ending: Any, say: Any) -> None:
             say(f"best:   {path / 'best'}, step {best['step']}, mean@{best['samples']} {100 * best['mean']:.1f} %")
     except Exception as error:  # whatever it is, the run itself has ended as its exit code says
         reason = (str(error).splitlines() or [""])[0]
-        say(f"report: failed ({type(error).__name__}: {reason}); python -m experiments.report {path} makes it again")
+        say(f"report: failed ({type(error).__name__}: {reason}); python -m experiments.report {path} tries again")
     if ending.code == BAD_INPUT:
         print_error(ending.reason)
     if ending.code:

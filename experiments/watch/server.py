@@ -17,7 +17,7 @@ REFRESH = 30
 
 
 class Report:
-    """The report's page, made again when the run has written something since."""
+    """The report's page, rebuilt when the run has written something since."""
 
     _FILES = ("metrics.jsonl", "evaluations.jsonl", "alarms.jsonl", "run.json")
 
