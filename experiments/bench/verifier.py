@@ -104,10 +104,10 @@ def _measured(name: str, rounds: list[list[Item]], settings: Settings) -> Timing
 
     with ExitStack() as stack:
         things = {LOOP: lambda number: plain_loop(rounds[number], settings.time_limit)}
-        for name, workers in POOLS.items():
+        for one, workers in POOLS.items():
             pool = stack.enter_context(VerifierPool("math", workers, settings.time_limit))
             pool.score([Item(r"\boxed{\frac{2}{4}}", "1/2")])  # start the processes
-            things[name] = ask(pool)
+            things[one] = ask(pool)
         return interleaved(things, settings.rounds, label=name)
 
 
