@@ -11,7 +11,7 @@ export VENV PYTHON ENGINE TORCH_INDEX
 PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-# Tests of the CPU set whose libraries are others in the CUDA set.
+# Tests of the CPU set that use libraries whose versions differ in the CUDA set.
 STACK := $(addprefix tests/upge/train/test_,engine.py packing.py term_gradients.py learner.py attention_kernel.py lora.py \
 	elementwise.py::test_the_code_of_every_family_is_known)
 # The problems of sweep=distillation.
@@ -34,7 +34,7 @@ test: env  ## run the tests that are not slow, JOBS files at a time (2)
 test-slow: env  ## run the slow tests: whole runs, the compiler, real models, generated pages
 	$(PYTEST) -m slow $(ARGS)
 
-test-gpu-stack:  ## test the calls of the CUDA packages, without a GPU: 11 GB in .venv-gpu, five minutes
+test-gpu-stack:  ## test the code that calls the CUDA packages, without a GPU: 11 GB in .venv-gpu, five minutes
 	@ENGINE=gpu VENV=.venv-gpu bash requirements/install.sh
 	OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu .venv-gpu/bin/python -m pytest -n $(JOBS) --dist loadfile tests/gpu_stack $(STACK) $(ARGS)
 

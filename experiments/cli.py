@@ -49,7 +49,7 @@ COMMANDS = {
     "table1": "print Table 1 of the paper, derived from the objectives",
     "site": "build the documentation's site, or draw its pictures",
     "pretrain": "train the model `tiny` from scratch",
-    "check_answers": "verify the ground truths of data files against themselves",
+    "check_answers": "check that the verifier accepts the ground truths of data files as responses",
 }
 #: The folder that holds the packages `experiments`, `algorithms` and `upge`.
 ROOT = Path(__file__).parents[1]
@@ -158,7 +158,7 @@ def run_command(
 def _refused(error: Exception | str, code: int = BAD_INPUT) -> int:
     """Prints an error of a command that has not begun; returns the exit code.
 
-    A launcher gets it from every rank, so that its summary has it even if only one rank has failed.
+    Every rank announces the error, so that the launcher's summary has it even if only one rank has failed.
     """
     from upge.train.distributed import local_rank
     from upge.train.launcher import announce

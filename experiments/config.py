@@ -288,7 +288,7 @@ def _merge(tree: DictConfig, part: Mapping[str, Any], origin: str) -> DictConfig
 
 
 def _set(tree: DictConfig, key: str, value: str) -> DictConfig:
-    """One key=value of the command line; the part before the first dot says who checks the rest."""
+    """Sets one key=value of the command line; the part before the first dot decides what checks the rest."""
     head, _, rest = key.partition(".")
     if head in ("algo", "data", "model") and not rest or head == "recipe":
         raise ConfigError(f"{key}: give a name, or a key below it such as {head}.KEY=VALUE")

@@ -20,9 +20,9 @@ from matplotlib.ticker import MaxNLocator
 from experiments import hover
 from upge.evaluation.intervals import Interval
 
-# The report's light colours only: a figure in a paper has no dark mode.
+# The report's light colors only: a figure in a paper has no dark mode.
 INK, SOFT, RULE = "#1d2126", "#565d66", "#dcdeda"
-#: Colours of the lines of runs.
+#: Colors of the lines of runs.
 COLORS = ("#0072b2", "#c95000", "#00805a", "#a6478b", "#8a6a00", "#2a8fc7", "#5a5f66")
 _STYLE = {
     "svg.fonttype": "none", "font.size": 9.5, "axes.linewidth": 0.8, "text.color": INK, "axes.labelcolor": SOFT,
@@ -83,7 +83,7 @@ def count_steps(axes) -> None:
 
 
 def draw_band(axes, name: str, curve: Mapping[int, Interval], index: int, scale: float = 1.0, **style: Any) -> Line2D:
-    """Draws line number `index`, in its colour, with its intervals as a band; returns the line."""
+    """Draws line number `index`, in its color, with its intervals as a band; returns the line."""
     color, dash = COLORS[index % len(COLORS)], "-" if index < len(COLORS) else "--"
     value, low, high = ([scale * getattr(one, of) for one in curve.values()] for of in ("value", "low", "high"))
     axes.fill_between(list(curve), low, high, color=color, alpha=0.14, linewidth=0)

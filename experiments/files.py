@@ -34,7 +34,7 @@ def free_folder(parent: str, name: str) -> Path:
 
 #: What file systems take as a name, and the system as a path, in bytes.
 _LONGEST_NAME, _LONGEST_PATH = 255, 4000
-#: Files of checkpoints are found by patterns of these characters, so that a folder's name must not have them.
+#: Files of checkpoints are found by patterns of these characters, so a folder's name must not contain them.
 _PATTERN = "*?["
 
 
@@ -51,7 +51,7 @@ def output_path(text: str, key: str = "output") -> Path:
         raise ConfigError(f"found {text!r}: {error}; {fix}", key) from error
     for letter in text:
         if letter in _PATTERN or not letter.isprintable():
-            raise ConfigError(f"found {text[:80]!r}, whose character {letter!r} a folder must not have; {fix}", key)
+            raise ConfigError(f"found {text[:80]!r}, but a folder's name must not contain {letter!r}; {fix}", key)
     if max(len(os.fsencode(part)) for part in ("", *path.parts)) > _LONGEST_NAME:
         raise ConfigError(f"a name in {text[:80]!r}... has more than {_LONGEST_NAME} bytes; {fix}", key)
     if len(os.fsencode(path.absolute())) > _LONGEST_PATH - _LONGEST_NAME:

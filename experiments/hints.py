@@ -121,7 +121,7 @@ NAMES: dict[str, tuple[str, str]] = {
     "custom_reward_function.path": ("verify.verifier", "the path of a callable"),
 }
 
-#: Names for which there is no key by design → what takes its place.
+#: Names for which there is no key by design → what there is in their place.
 ABSENT: dict[str, str] = {
     "gradient_accumulation_steps": "a step trains on prompts_per_step prompts on any number of GPUs, and "
     "optimizer.micro_batch_tokens decides how many tokens a forward pass takes",

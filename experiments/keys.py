@@ -40,7 +40,7 @@ def data_keys(name: str) -> list[tuple[str, object, str]]:
 
 
 def data_meaning(name: str, key: str) -> str:
-    """What a key of a data set does; another data set of the same class may say it."""
+    """What a key of a data set does, from its own file or from that of another data set of the same class."""
     own = _class(name)
     for one in (name, *(other for other in presets("data") if _class(other) == own)):
         meaning = next((meaning for known, _, meaning in data_keys(one) if known == key and meaning), "")

@@ -26,7 +26,7 @@ class _Dropping(io.FileIO):
 
     def write(self, data: Any, /) -> int:
         try:
-            while (written := super().write(data)) is None:  # the reader is slow, and does not want us to wait for it
+            while (written := super().write(data)) is None:  # the descriptor does not block, and its reader is slow
                 select.select([], [self], [])
             return written
         except OSError:

@@ -43,7 +43,7 @@ def load(name: str, corrections: Sequence[str] = (), length: int = STEPS) -> upg
 
 
 def shipped(length: int = STEPS) -> list[upge.Algorithm]:
-    """Every algorithm that has a file, without guided or replayed rollouts and pipelines, whose stages have files."""
+    """Every algorithm that has a file, except pipelines and algorithms with guided or replayed rollouts."""
     loaded = [load(name, length=length) for name in algorithms.names()]
     plain = [one for one in loaded if isinstance(one, upge.Algorithm)]
     return [one for one in plain if one.guidance is None and one.replay is None]

@@ -42,7 +42,7 @@ def _bench_command(arguments: list[str], is_program: bool) -> int:
     if given["--docs"]:
         begin = f"<!-- bench {name}: begin (python -m experiments.bench {name} --docs) -->"
         end = f"<!-- bench {name}: end -->"
-        page = replace_block(PAGE.read_text("utf-8"), PAGE.name, begin, end, f"\n\n{made}\n\n", "where the figures go")
+        page = replace_block(PAGE.read_text("utf-8"), PAGE.name, begin, end, f"\n\n{made}\n\n", "where the tables go")
         PAGE.write_text(page, "utf-8")
     else:
         print(made)

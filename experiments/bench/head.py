@@ -2,8 +2,8 @@
 
 Time is measured relative to the floor, three matrix products of the same shapes and dtype. Memory is measured in fresh
 processes, as the peak of a head beyond its inputs and the two gradients. Before anything is measured, each head's
-results are compared with a float64 solution. On a CUDA device the bench synchronizes after each head. It was never run
-on one; for comparison, an H200 reaches about 790 TFLOP/s and 4.3 TB/s in bfloat16.
+results are compared with a float64 solution. On a CUDA device the bench synchronizes after each head, but it was never
+run on one; for comparison, an H200 reaches about 790 TFLOP/s and 4.3 TB/s in bfloat16.
 """
 
 from __future__ import annotations

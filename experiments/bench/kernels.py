@@ -109,7 +109,7 @@ class Kernels(TorchDispatchMode):
             operations = products * heads * size * self.squares
             self.add(ATTENTION, _bytes(given), _bytes(made), operations)
             return
-        # The registry has no operations in place, such as addmm_, which also reads the sum that it adds to.
+        # The registry lacks in-place operations, such as addmm_, which also reads the sum that it adds to.
         formula = flop_registry.get(getattr(torch.ops.aten, func.overloadpacket.__name__.rstrip("_"), None))
         if formula is not None:
             operations = formula(*args, **(kwargs or {}), out_val=result)
@@ -127,7 +127,7 @@ def _is_view(func: Any) -> bool:
 
 
 def _moved(name: str, func: Any, given: list[Tensor], made: list[Tensor]) -> tuple[float, float]:
-    """(bytes read, bytes written) of an operation that is no product."""
+    """(bytes read, bytes written) of an operation that is not a product."""
     if name in _LOOKUPS:
         return _bytes(given[1:]) + _bytes(made), _bytes(made)
     if name in _ADDING:

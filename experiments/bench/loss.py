@@ -5,7 +5,7 @@ ZeRO-3. TRL's side is `GRPOTrainer._compute_loss` of a real trainer with its fas
 compute GRPO's textbook loss in float32: PPO's clip at 0.2, advantages divided by the group's standard deviation + 1e-4,
 the mean over a response's tokens and then over responses. The gradients are compared before anything is measured.
 
-The rollouts have random tokens and realistic, log-normal lengths, in groups of which some have no signal.
+The rollouts have random tokens and realistic, log-normal lengths, in groups, some of which have no signal.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from upge import config
 from upge.errors import ConfigError
 from upge.train.sample import Trajectory
 
-SUMMARY = "loss and backward of a batch of rollouts against TRL's trainer, with and without groups without a signal"
+SUMMARY = "loss and backward of a batch of rollouts against TRL's trainer, also if some groups have no signal"
 WITH_PEERS = True
 OURS, THEIRS = "ours", "TRL"
 GOALS = {False: 3.0, True: 4.0}

@@ -270,7 +270,7 @@ def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> tuple[Any
     """(result, signal) of a module's function in a new process.
 
     The result is None if the process was killed, as when memory runs out. A signal is passed on, so that the function
-    can return what it has measured so far, and returned as the second value, which else is None.
+    can return what it has measured so far, and is returned as the second value, which is None without a signal.
     """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
@@ -301,7 +301,7 @@ def _received(receiver: Connection) -> Any:
 
 
 def _send_result(sender: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    # In its own session, it gets a terminal's interrupt once, from the parent.
+    # In a session of its own, so that a terminal's interrupt reaches it only once, through the parent.
     os.setsid()
     try:
         sender.send(function(*arguments))

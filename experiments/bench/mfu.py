@@ -42,16 +42,16 @@ RECIPES = ("hpt-qwen2.5-math-7b", "hpt-qwen2.5-math-1.5b")
 class Settings(config.Settings):
     """Keys of this bench."""
 
-    recipes: str = config.key(",".join(RECIPES), "their models and sizes of micro-batches are counted")
+    recipes: str = config.key(",".join(RECIPES), "recipes whose models and sizes of micro-batches are counted")
     prompt: int = config.key(PROMPT, "tokens of the prompt of each trajectory", minimum=1, limit=10**6)
     response: int = config.key(RESPONSE, "tokens of the response of each trajectory", minimum=1, limit=10**6)
     modes: str = config.key("selective,full", "values of model.gradient_checkpointing")
     micro_batches: str = config.key("32768", "tokens of micro-batches, in addition to the recipe's")
     products: float = config.key(0.7, "assumed share of the peak rate that matrix products reach", above=0, maximum=1)
     attention: float = config.key(
-        0.4, "the same of the attention kernel; FlashAttention 3 reaches more", above=0, maximum=1
+        0.4, "the same for the attention kernel; FlashAttention 3 reaches more", above=0, maximum=1
     )
-    memory: float = config.key(0.8, "the same of memory", above=0, maximum=1)
+    memory: float = config.key(0.8, "the same for memory", above=0, maximum=1)
 
 
 def policy_of(config: Any, mode: Checkpointing) -> PackedPolicy:

@@ -34,7 +34,7 @@ class Settings(config.Settings):
     """Keys of this bench."""
 
     folder: str = config.key(
-        "", "with gsm8k/train.jsonl, for SmolLM2-135M on GSM8K; empty: only the tiny model on arithmetic"
+        "", "folder with gsm8k/train.jsonl, for SmolLM2-135M on GSM8K; empty = only the tiny model on arithmetic"
     )
     tiny: bool = config.key(True, "measure the tiny model")
     pairs: int = config.key(5, "timed steps of each trainer, at least five", minimum=0, limit=1000)

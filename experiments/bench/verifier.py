@@ -35,7 +35,7 @@ MOST_SHOWN = 12
 class Settings(config.Settings):
     """Keys of this bench."""
 
-    folder: str = config.key("", "with math/train.parquet and gsm8k/train.jsonl; empty = synthetic answers")
+    folder: str = config.key("", "folder with math/train.parquet and gsm8k/train.jsonl; empty = synthetic answers")
     answers: int = config.key(
         0,
         "answers per round, without and with bombs; 0 = 5,000 of the folder or 400 synthetic ones",
@@ -104,10 +104,10 @@ def _measured(name: str, rounds: list[list[Item]], settings: Settings) -> Timing
 
     with ExitStack() as stack:
         things = {LOOP: lambda number: plain_loop(rounds[number], settings.time_limit)}
-        for name, workers in POOLS.items():
+        for one, workers in POOLS.items():
             pool = stack.enter_context(VerifierPool("math", workers, settings.time_limit))
             pool.score([Item(r"\boxed{\frac{2}{4}}", "1/2")])  # start the processes
-            things[name] = ask(pool)
+            things[one] = ask(pool)
         return interleaved(things, settings.rounds, label=name)
 
 

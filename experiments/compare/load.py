@@ -121,7 +121,7 @@ def _read(folder: Path, name: str) -> Run:
             for key, one in content["benchmarks"].items()
         }
     except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        fix = "run the same evaluation again: it takes the samples that are there and writes the file anew"
+        fix = "run the same evaluation again: it reuses the samples and writes the file again"
         raise DataError(f"{scores}: not the scores of an evaluation ({error!r}); {fix}") from error
     if not entries:
         raise DataError(f"{scores}: there is no benchmark in it; evaluate again with at least one")

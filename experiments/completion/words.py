@@ -1,4 +1,4 @@
-"""The words that can follow on a command line of `upge`. Of other packages only PyYAML is imported, if needed."""
+"""The words that can follow on a command line of `upge`. PyYAML is the only other package imported, if needed."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def _next_parts(names: Sequence[str], typed: str, ending: str) -> list[str]:
         if name.startswith(typed):
             rest = name[len(typed) :]
             found.add(f"{typed}{rest.partition('.')[0]}." if "." in rest else f"{name}{ending}")
-    # A section with a single way on is no choice.
+    # A single section is no choice, so go on to the keys below it.
     if len(found) == 1 and (only := next(iter(found))).endswith(".") and only != typed:
         return _next_parts(names, only, ending)
     return sorted(found)

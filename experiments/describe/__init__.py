@@ -169,6 +169,15 @@ def keys(name: str, corrections: Sequence[str] = ()) -> list[tuple[str, str, str
     return settings
 
 
+def key_lines(name: str, *corrections: str) -> list[str]:
+    """The lines KEY=VALUE of `keys`, with a remark on a value that follows another key."""
+    lines = []
+    for key, value, followed in keys(name, corrections):
+        shown = f"{key}={value}" if not value.startswith("${") else key
+        lines.append(f"{shown}   # follows {followed}" if followed else shown)
+    return lines
+
+
 def _shown(where: tuple[Any, ...], value: Any) -> tuple[str, str]:
     """A value as typed on the command line, and the key that it follows if it is a reference."""
     if isinstance(value, str) and value.startswith("${oc.select:"):

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import algorithms
 from experiments import cli
 from experiments.config import correction_names
-from experiments.describe import base_of, correction_description, keys, members, needs, papers, rows, words
+from experiments.describe import base_of, correction_description, key_lines, members, needs, papers, rows, words
 from experiments.files import DOCS, replace_block
 from experiments.grid import markdown_table
 from upge import Algorithm
@@ -84,7 +84,7 @@ def _terms(path: str, one: Algorithm) -> list[str]:
         lines.append(f"{path}regularizers.{name}, from {regularizer.source}")
         lines.append(_row("", f"{regularizer.formula().text}   {regularizer!r}"))
     if one.critic is not None:
-        lines += [f"{path}critic, minimised separately", _row("", f"{one.critic.formula().text}   {one.critic!r}")]
+        lines += [f"{path}critic, minimized separately", _row("", f"{one.critic.formula().text}   {one.critic!r}")]
     return lines
 
 
@@ -177,7 +177,7 @@ def _algorithm(name: str) -> list[str]:
     rest = "\n".join(text for text in (header.textbook, header.choices) if text)
     lines += [_block("text", rest), ""] if rest else []
     lines += ["Needs:", "", *(f"- **{need}**: {how}" for need, how in needs(algorithm).items()), ""]
-    own = "\n".join(_keys(name))
+    own = "\n".join(key_lines(name))
     return [*lines, f"Keys, to append to `python -m experiments.run algo={name}`:", "", _block("", own), ""]
 
 
@@ -188,16 +188,8 @@ def _correction(name: str) -> list[str]:
     lines += [_block("text", header.what), "", _block("text", header.choices), ""]
     base = base_of(name)
     lines += [f"On `{base}`:", "", _block("", algorithms.load(base, corrections=[name]).formula()), ""]
-    own = "\n".join(line for line in _keys(base, name) if line.startswith(f"{algorithms.CORRECTION}."))
+    own = "\n".join(line for line in key_lines(base, name) if line.startswith(f"{algorithms.CORRECTION}."))
     return [*lines, "Its settings:", "", _block("", own), ""]
-
-
-def _keys(name: str, *corrections: str) -> list[str]:
-    lines = []
-    for key, value, followed in keys(name, corrections):
-        shown = f"{key}={value}" if not value.startswith("${") else key
-        lines.append(f"{shown}   # follows {followed}" if followed else shown)
-    return lines
 
 
 def _papers(papers: tuple[str, ...]) -> str:

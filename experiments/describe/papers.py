@@ -24,9 +24,9 @@ _MISSING = """\
 
 | method | why |
 |---|---|
-| DYPO (arXiv 2604.08926) | its term GAL was not found written out |
-| GAC (arXiv 2605.26184) | its learned share of the two gradients was not found written out |
-| SRPO (arXiv 2604.02288) | how its two losses are averaged was not found written out |
+| DYPO (arXiv 2604.08926) | no full formula of its term GAL was found |
+| GAC (arXiv 2605.26184) | no full formula of its learned share of the two gradients was found |
+| SRPO (arXiv 2604.02288) | no statement of how its two losses are averaged was found |
 """
 
 

@@ -1,4 +1,4 @@
-"""What a diagnosis allows to conclude: which estimators and thresholds have intervals that do not overlap."""
+"""What can be concluded from a diagnosis: which estimators and thresholds have intervals that do not overlap."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from experiments.diagnose.measuring import Result
 from experiments.drawing import INK, RULE, SOFT, dress, in_figure, save
 from upge.measure import Estimated, Measured
 
-#: What an estimator learns from → its colours; a single estimator gets the first.
+#: What an estimator learns from → its colors; a single estimator gets the first.
 COLORS = {
     "rollouts": ("#0072b2", "#2a8fc7", "#5a5f66", "#00805a", "#6b4fa1", "#1d2126"),
     "demonstrations": ("#c95000", "#a6478b", "#8a6a00", "#d98c3f", "#b3261e", "#7a4a2b"),
@@ -26,7 +26,7 @@ COLORS = {
     "pairs": ("#6b4fa1",),
 }
 MARKERS = {"rollouts": "o", "demonstrations": "s", "both": "D", "pairs": "^"}
-#: Colours of lines that differ by colour alone.
+#: Colors of lines that differ by color alone.
 PALETTE = ("#0072b2", "#c95000", "#00805a", "#a6478b", "#8a6a00", "#2a8fc7", "#5a5f66", "#b3261e", "#6b4fa1")
 #: The lowest signal to noise that is drawn.
 FLOOR = 1e-3
@@ -56,7 +56,7 @@ def legend(figure: Figure, axes, columns: int) -> None:
 
 
 def numbered(index: int) -> dict[str, str]:
-    """Colour, marker and dashes of a line by its number."""
+    """Color, marker and dashes of a line by its number."""
     dash = "-" if index < len(LINES) else "--"
     return {"color": PALETTE[index % len(PALETTE)], "marker": LINES[index % len(LINES)], "linestyle": dash}
 
@@ -76,7 +76,7 @@ def draw_line(
             axes.plot([x, x], ends, color=style["color"], alpha=0.3, linewidth=1.3, transform=place)
     shared = {"markersize": 5, "markeredgecolor": "white", "linewidth": 1.6, "transform": place}
     axes.plot([x for x, _ in points], [max(value.value, floor) for _, value in points], **shared | style)
-    # Lines that are moved have no effect on the limits of the axes.
+    # Lines with a transform of their own have no effect on the limits of the axes.
     ends = [(x, max(end, floor)) for x, value in points for end in value if math.isfinite(end)]
     axes.update_datalim(ends)
     axes.autoscale_view()

@@ -16,7 +16,7 @@ from upge.measure import Estimated, Measured
 
 #: Maximum number of lines of a source, and minimum number of prompts of a bin that is drawn.
 _MOST, _FEWEST = 5, 3
-#: Distance between the intervals of neighbouring lines, in points.
+#: Distance between the intervals of neighboring lines, in points.
 SHIFT = 2.0
 #: A cosine with a wider interval is not drawn.
 _WIDEST = 1.0
@@ -133,7 +133,7 @@ def _by_threshold(axes, result: Result) -> None:
 
 
 def _styled(shown: Sequence[Measured]):
-    """(colour, marker, shift, estimator) of each estimator, with a colour family for each source."""
+    """(color, marker, shift, estimator) of each estimator, with a color family for each source."""
     counts: dict[str, int] = {}
     for place, one in enumerate(shown):
         number = counts.setdefault(one.source, 0)

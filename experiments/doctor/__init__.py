@@ -1,1 +1,1 @@
-"""Checks this machine, its packages, the chosen model, the kernels, the gradients and the sampler: a verdict each."""
+"""Checks this machine, its packages, the chosen model, the kernels, the gradients and the sampler."""

@@ -21,10 +21,10 @@ USAGE = """\
 Usage: python -m experiments.doctor [model=NAME] [gpus=N] [key=value ...]
 
 Checks this machine before a run, in about two minutes: GPU, driver, packages, memory, disk; the all-reduce between the
-ranks; attention and output head; the gradient of every algorithm against a plain model on the CPU; and the sampler
-beside the trainer, whose log-probs must agree before and after an update. Prints a table and writes doctor.json, which
-belongs into a bug report. gpus=N starts one process for each of N GPUs. The
-exit code is 0 if there is no problem, and 1 otherwise.
+ranks; attention and output head; the gradient of every algorithm against a plain model on the CPU; and the sampler,
+whose log-probs must agree with the trainer's before and after an update. Prints a table and writes doctor.json; attach
+this file to a bug report. gpus=N starts one process for each of N GPUs. The exit code is 0 if there is no problem, and
+1 otherwise.
 """
 
 
@@ -119,7 +119,7 @@ class CheckUp:
 
     @staticmethod
     def problems(rows: Sequence[Any]) -> list[Any]:
-        """Those of the rows that are problems."""
+        """The rows that are problems."""
         from experiments.doctor.rows import Verdict
 
         return [row for row in rows if row.verdict is Verdict.PROBLEM]

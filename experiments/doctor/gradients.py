@@ -33,8 +33,8 @@ from upge.train.update import Update, Updater
 
 #: The largest relative error of a gradient, by type of the model.
 BOUNDS = {"float32": 1e-3, "bfloat16": 0.2}
-#: Tokens of a micro-batch, so few that every algorithm has several of them, those that learn from demonstrations alone
-#: included.
+#: Tokens of a micro-batch, so few that every algorithm has several micro-batches, even one that learns from
+#: demonstrations alone.
 _MICRO_BATCH_TOKENS = 40
 #: The step that schedules see.
 _STEP = 7
@@ -58,7 +58,7 @@ def check(context: Context) -> Iterator[Row]:
     measured += f", at most {bound:g}" if not wrong else f"; above {bound:g}: {', '.join(wrong)}"
     advice = (
         "an update here is not the gradient of its algorithm; if attention, output head or all-reduce are problems as "
-        "well, fix those first, else report it"
+        "well, fix those first; otherwise report it"
     )
     yield judged("gradients", not wrong, measured, advice, errors=errors, bound=bound)
 
@@ -82,13 +82,13 @@ def _errors(context: Context, model: ModelConfig) -> dict[str, float]:
 
 
 def checked(names: Sequence[str] = ()) -> dict[str, Algorithm]:
-    """The shipped algorithms, and one with a KL penalty, whose coefficient is not lost beside the other gradient.
+    """The shipped algorithms, and one with a KL penalty large enough to show next to the other gradient.
 
     Args:
         names: of those to check; empty = all.
 
     Raises:
-        ConfigError: there is none of such a name.
+        ConfigError: no algorithm has such a name.
     """
     penalized = algorithms.load("grpo", ["correction.kl_k3.coefficient=1"], corrections=["kl_k3"])
     assert isinstance(penalized, Algorithm)

@@ -172,7 +172,8 @@ def disk(facts: Sequence[Facts], what: str, needed: int) -> Row:
         "hub cache": "set HF_HOME to a folder on a larger disk",
         "temporary files": "set TMPDIR to a folder on a larger disk",
     }
-    return judged(f"disk: {what}", needed <= free, measured, f"free some, or {fixes[what]}", free=free, needed=needed)
+    advice = f"free some space, or {fixes[what]}"
+    return judged(f"disk: {what}", needed <= free, measured, advice, free=free, needed=needed)
 
 
 def shared_memory(facts: Sequence[Facts]) -> Row:

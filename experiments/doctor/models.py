@@ -16,8 +16,8 @@ from experiments.doctor.rows import Context, Row, Verdict
 from upge.models.loading import progress_bars_hidden, random_state_kept, read_config
 from upge.train.config import ModelConfig
 
-#: A model with more parameters than this is compared with the CPU as a random one with two layers, a
-#: smaller vocabulary and a narrower MLP, and with its own heads and hidden size.
+#: For the comparison with the CPU, a model with more parameters than this is replaced by a random one with two layers,
+#: a smaller vocabulary and a narrower MLP, but the same heads and hidden size.
 LARGEST_COMPARED = 20_000_000
 _LAYERS, _VOCABULARY, _INNER = 2, 2048, 4096
 _WEIGHTS = ("*.safetensors", "*.bin", "*.safetensors.index.json")

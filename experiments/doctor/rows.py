@@ -39,7 +39,7 @@ class Row:
 
     Attributes:
         name: what was checked.
-        measured: the result, for people.
+        measured: the result in words.
         advice: for a problem, what to do about it.
         details: the result as numbers and texts, for doctor.json.
     """
@@ -59,7 +59,8 @@ class Context:
         run: the settings of a run; `run.model` is a model with weights once the check `model` has passed.
         shape: the sizes of the model; None if it cannot be read.
         scratch: a temporary folder that the ranks of a machine share.
-        at_end: closes, after the last check, what must stay open until then. vLLM destroys the process group.
+        at_end: closes, after the last check, what must stay open until then, such as vLLM, which destroys the process
+            group when it closes.
     """
 
     config: DoctorConfig
@@ -76,7 +77,7 @@ class Context:
 
     @property
     def fault(self) -> Fault:
-        """What the parts of the checked stack are replaced by; without `fault` they are themselves."""
+        """The fault to put into the checked stack; it changes nothing if `fault` is not given."""
         return load(self.run.fault, self.run.group_size)
 
     def gather(self, value: _T) -> list[_T]:
@@ -92,7 +93,7 @@ class Context:
 
 
 class Failure(NamedTuple):
-    """What a rank gathers whose check raised an error."""
+    """What a rank gathers in place of a value if its check raised an error."""
 
     row: Row
 
@@ -177,7 +178,7 @@ def _time_limit(
         if context.world.is_main:
             seconds = context.config.time_limit
             advice = (
-                "if a rank printed an error above, fix that; else start with NCCL_DEBUG=INFO and look where the ranks "
+                "if a rank printed an error above, fix that; otherwise start with NCCL_DEBUG=INFO and see where ranks "
                 "wait for each other, or raise time_limit"
             )
             row = Row(name, Verdict.PROBLEM, f"it did not end within {seconds:g} s", advice, {"seconds": seconds})
@@ -196,5 +197,5 @@ def _time_limit(
 
 
 def size_of(count: float) -> str:
-    """Bytes for people."""
+    """Bytes in readable units."""
     return f"{count / 2**30:.3g} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"

@@ -1,4 +1,4 @@
-"""The sampler beside the trainer: log-probs of both, sleep and refresh, and what sampling and an update cost."""
+"""Sampler and trainer together: log-probs of both, sleep and refresh, and what sampling and an update cost."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from upge.train.lr_schedule import LearningRates
 from upge.train.sample import Trajectory, indexed
 from upge.train.update import Updater
 
-#: (largest, mean) |Δ log p| between sampler and trainer, by type of the model. Rounding in bfloat16 is now and then
+#: (largest, mean) |Δ log p| between sampler and trainer, by type of the model. Rounding in bfloat16 is occasionally
 #: large for a single unlikely token.
 BOUNDS = {"float32": (0.01, 0.001), "bfloat16": (2.0, 0.05)}
 #: Learning rates of the updates that move the policy, until a sampler with the old weights would be noticed.
@@ -183,7 +183,7 @@ def _moved(pair: Pair, trajectories: list[Trajectory], rollouts: list[list[Rollo
 
 
 def _refreshed(pair: Pair, seconds: float, stale: Gap, after: Gap) -> Row:
-    """The refreshed sampler must have the new weights, which the old ones must be distinguishable from."""
+    """Whether the refreshed sampler has the new weights, which must be distinguishable from the old ones."""
     dtype, shape = pair.context.run.model.dtype, pair.context.shape
     moved = stale.mean >= _NOTICED * BOUNDS[dtype][1]
     size = shape.weights if shape else 0

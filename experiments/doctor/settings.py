@@ -29,7 +29,7 @@ RESPONSE_TOKENS = {"cpu": 32, "cuda": 512}
 
 @dataclass(frozen=True)
 class DoctorConfig(Settings):
-    """What is checked, with which work."""
+    """What is checked, and with how much work."""
 
     checks: list = key([*CHECKS], "what to check, of machine, collectives, kernels, gradients, sampler")
     algorithms: list = key([], "algorithms whose gradients are checked, such as [sft,grpo]; [] = all")
@@ -107,7 +107,7 @@ def shape_of(model: ModelConfig) -> ModelShape:
 
 
 def _with_folders(composed: Composed, random: bool) -> Composed:
-    """The configuration with folders in place of GGUF files, and of models that are known by their config.json."""
+    """The configuration with folders in place of GGUF files and, if `random`, of models in experiments/models."""
     from experiments.run.dry_run import with_known_models
     from experiments.run.prepare import with_local_models
 

@@ -78,7 +78,7 @@ def _evaluate(arguments: Sequence[str], dry_run: bool) -> int:
     if dry_run:
         return 0
     with folder.locked():
-        # Another evaluation may have begun or ended there since it was checked.
+        # Another evaluation may have begun or ended in the folder since it was checked.
         continues = folder.open(chosen.tree, chosen.config.resume)
         return _evaluate_into(folder, chosen, replace(prepared, continues=continues), arguments)
 
@@ -113,7 +113,7 @@ def _evaluate_into(folder: Any, chosen: Any, prepared: Any, arguments: Sequence[
 
 @contextmanager
 def _failures_explained(folder: Any) -> Iterator[None]:
-    """Says of a failed engine and of a full memory how to continue.
+    """Adds to the error of a failed engine or a full memory how to continue.
 
     Raises:
         CapacityError: the memory is used up.
@@ -172,7 +172,7 @@ def _outcomes(benchmark: Any, folder: Any) -> Any:
 
 
 def _fault(model: str) -> dict[str, str]:
-    """The fault that the model was trained with, by which comparisons name it; empty without one."""
+    """The fault that the model was trained with, for comparisons to show; empty without one."""
     from upge.train.faults import NONE, marked
 
     found = marked(model)

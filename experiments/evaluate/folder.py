@@ -45,7 +45,7 @@ class EvaluationFolder:
             return False
         saved = self.path / "config.yaml"
         old = read_tree(saved, _FIX) if saved.is_file() else {}
-        _ = self._metadata()  # read when it starts
+        _ = self._metadata()  # raises now, not at the start, if it cannot be read
         if "suite" not in old:
             raise ConfigError(f"output: {self.path} exists and is not an evaluation's folder; choose another")
         if resume == "never":
@@ -157,7 +157,7 @@ def _leaves(tree: Mapping[str, Any], path: str = "") -> dict[str, Any]:
 def answer_notes(scores: Mapping[str, Any]) -> list[str]:
     """Notes on benchmarks with failed verdicts, or in which most responses give the same answer.
 
-    Older scores.json files lack the number of the latter.
+    scores.json of earlier versions lacks the number of equal answers.
     """
     benchmarks = scores["benchmarks"].items()
     sentences = [(name, _failed(name, one)) for name, one in benchmarks]

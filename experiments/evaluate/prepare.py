@@ -207,7 +207,7 @@ def prepare(chosen: Chosen) -> Prepared:
     model = replace(config.model, path=local_path(config.model.path))
     check_length(model, config.suite.max_prompt_tokens, config.suite.max_response_tokens, "suite")
     if (found := marked(model.path)) != NONE:
-        notes = [*notes, f"this model was trained with a fault on purpose, fault={found}; its scores carry the name"]
+        notes = [*notes, f"this model was trained with a fault on purpose, fault={found}; scores.json records it"]
     weights = fingerprint(model.path)
     folder.check_weights(weights, config.model.path)
     prompting = load_prompting(model)
@@ -233,15 +233,15 @@ def check_unchanged(prepared: Prepared) -> None:
     if changed:
         raise ModelError(
             f"model: the weights in {prepared.model.path} were overwritten while they were loaded: {changed}; copy the "
-            "folder, with a run's config.yaml and run.json beside it, and evaluate the copy"
+            "folder, with a run's config.yaml and run.json next to it, and evaluate the copy"
         )
 
 
 def _verifiers(benchmarks: Sequence[Benchmark]) -> tuple[tuple[str, ...], list[str]]:
-    """The names of the verifiers, and a note for each benchmark of which a verifier refuses some ground truths.
+    """The names of the verifiers, and a note for each benchmark with ground truths that its verifier refuses.
 
-    Such problems stay: the benchmark is kept complete, and a response with exactly the same words still counts. Where
-    most are refused it is the verifier that is wrong, or the column.
+    Such problems stay: the benchmark is kept complete, and a response with exactly the same words still counts. If most
+    are refused, the verifier or the column is wrong.
     """
     names = tuple(dict.fromkeys(str(p.verifier) for one in benchmarks for p in one.problems))
     notes = []
@@ -256,8 +256,8 @@ def _verifiers(benchmarks: Sequence[Benchmark]) -> tuple[tuple[str, ...], list[s
         if refused:
             place = refused[0].partition(": the ground truth")[0]
             notes.append(
-                f"{one.name}: the verifier cannot compare {len(refused)} of {len(one.problems)} answers; there only "
-                f"the same words are right ({place}{', ...' if refused[1:] else ''})"
+                f"{one.name}: the verifier cannot compare {len(refused)} of {len(one.problems)} answers; for these "
+                f"only exactly the same words are right ({place}{', ...' if refused[1:] else ''})"
             )
     return names, notes
 

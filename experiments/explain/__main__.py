@@ -86,7 +86,7 @@ def _value(composed: Composed, key: str) -> Any:
 
 
 def origins(composed: Composed, key: str) -> list[tuple[str, Any]]:
-    """(origin, value) of every layer that sets the key or something above it, the one that counts first."""
+    """(origin, value) of every layer that sets the key or something above it; the first one is in effect."""
     found = []
     for origin, layer in reversed(composed.layers):
         # On the command line a later argument replaces an earlier one.
@@ -178,11 +178,10 @@ def _rows(composed: Composed, key: str) -> list[str]:
 
 
 def _leaves(composed: Composed, key: str) -> Iterator[str]:
-    above = (key,) if key not in ("algo",) else ("algo",)
     value = _value(composed, key)
     for where, _ in algorithms.leaves(value if isinstance(value, Mapping) else {}):
         if where[-1] not in (TARGET, "description", "name") and algorithms.CORRECTION not in where[:1]:
-            yield ".".join((*above, *map(str, where)))
+            yield ".".join((key, *map(str, where)))
 
 
 def _known(composed: Composed) -> set[str]:

@@ -1,7 +1,7 @@
-"""Who notices which fault: `python -m experiments.faults [faults=all|NAME,...] [output=FOLDER] [--docs]`.
+"""Which checks notice which fault: `python -m experiments.faults [faults=all|NAME,...] [output=FOLDER] [--docs]`.
 
 For each fault of experiments/run/faults.py, and once without a fault, this starts experiments.doctor on the stack with
-the fault, and a short run with it. Neither knows of the fault: the doctor's checks and the run's alarms see numbers.
+the fault, and a short run with it. The doctor's checks and the run's alarms see numbers only, not the fault's name.
 Prints a table and writes faults.json; --docs also writes it into docs/faults.md. Takes about a minute for each fault on
 one core. The exit code is 1 if a fault is not noticed, or if something is noticed without one.
 """
@@ -26,14 +26,14 @@ PAGE = files.DOCS / "faults.md"
 BEGIN, END = "<!-- faults: begin (python -m experiments.faults --docs) -->", "<!-- faults: end -->"
 #: The algorithms that are tried in this order until the fault changes something in one.
 ALGORITHMS = (["algo=hpt"], ["algo=grpo"], ["algo=grpo", "correction=kl_k3"])
-#: A run of seconds whose updates have several micro-batches.
+#: A run that takes seconds and whose updates have several micro-batches.
 RUN = (
     *("model=tiny", "data=arithmetic", "data.train_size=64", "data.evaluation_size=16", "eval.every=-1", "steps=8"),
     *("prompts_per_step=4", "group_size=8", "optimizer.lr=1e-3", "optimizer.micro_batch_tokens=128"),
     *("checkpoint.every=0", "log_rollouts=0", "rollout.engine=transformers"),
     "diagnose.split_every=8",
 )
-#: A check-up of seconds; with all algorithms it takes twenty more.
+#: A check-up that takes seconds; with all algorithms it takes twenty more.
 DOCTOR = (
     *("model=tiny", "checks=gradients,sampler", "rollout.engine=transformers"),
     "algorithms=sft,grpo,hpt,grpo+kl_k3",
@@ -47,7 +47,7 @@ class Noticed:
 
     Attributes:
         doctor: the rows of the check-up that are problems.
-        alarms: those of the run.
+        alarms: of the run.
         refusal: the message with which the run was refused; empty if it was not.
         seconds: of the check-up and of the run, with the start of Python.
     """
@@ -60,12 +60,12 @@ class Noticed:
 
     @property
     def by_any(self) -> bool:
-        """Whether anything did."""
+        """Whether anything noticed it."""
         return bool(self.doctor or self.alarms or self.refusal)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit code (0 as it must be, 1 otherwise, 2 bad input)."""
+    """Runs the command line; returns the exit code (0 just the faults were noticed, 1 otherwise, 2 bad input)."""
     return cli.run_command(_faults, arguments, lambda everything: str(__doc__))
 
 
@@ -112,7 +112,7 @@ def noticed(fault: str, folder: Path) -> Noticed:
     """Runs the check-up and a short run with a fault, in `folder`, and reads what they noticed.
 
     Raises:
-        RuntimeError: one of them ended otherwise than by its own verdict.
+        RuntimeError: one of them ended with an unexpected exit code.
     """
     checked, ran = folder / f"doctor-{fault}", folder / f"run-{fault}"
     first, _, code = _started("experiments.doctor", *DOCTOR, f"fault={fault}", f"output={checked}")

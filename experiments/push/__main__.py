@@ -31,7 +31,7 @@ class PushConfig(Settings):
     """Where the model goes."""
 
     repo: str = key("", "repository OWNER/NAME; NAME alone is one of your own")
-    private: bool = key(True, "create the repository as a private one; an existing one stays as it is")
+    private: bool = key(True, "create the repository as a private one; an existing one keeps its visibility")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -88,7 +88,7 @@ def finished(path: Path) -> RunFolder:
     if not folder.final.is_dir():
         raise ConfigError(f"{path} has no final/: the run has not ended; continue it with output={path}, and push then")
     if not folder.is_finished:
-        raise ConfigError(f"{path} is being continued, and final/ is of its earlier end; push it when it has ended")
+        raise ConfigError(f"{path} is being continued, and final/ is from its earlier end; push it when it has ended")
     return folder
 
 

@@ -1,6 +1,6 @@
 """Judge the loss functions of other frameworks: `python -m experiments.referee [KEY=VALUE ...]`.
 
-It reads the losses of TRL, verl, ms-swift and OpenRLHF out of their wheels, feeds all of them the same batch, and
+It reads the losses of TRL, verl, ms-swift and OpenRLHF from their wheels, feeds all of them the same batch, and
 compares the gradient with that of this project's algorithm of the same name. With `loss=FILE:FUNCTION` it judges a loss
 of your own. `--docs` updates docs/referee.md and docs/results/referee.html.
 """

@@ -1,4 +1,4 @@
-"""Which factor of the gradient differs: one factor of ours is swapped at a time until the gradients have one direction.
+"""Which factor of the gradient differs: our factors are swapped one at a time until both gradients are parallel.
 
 The weight of a token is a product (upge/estimator.py),
 

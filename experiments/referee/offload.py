@@ -1,8 +1,9 @@
-"""What DeepSpeed's ZeRO-2 makes of several micro-batches when its optimizer is on the CPU.
+"""What DeepSpeed's ZeRO-2 does with several micro-batches when its optimizer is on the CPU.
 
 `python -m experiments.referee.offload [FOLDER]` runs updates of one process on gloo with DeepSpeed from FOLDER, or the
-installed one, and prints how much of each micro-batch's gradient the update has. The optimizer is torch's SGD with rate
-1, so that the update is minus the gradient; the micro-batches' gradients are orthogonal, so that each has a share.
+installed one, and prints how much of each micro-batch's gradient the update contains. The optimizer is torch's SGD with
+a learning rate of 1, so the update is minus the gradient. The micro-batches' gradients are orthogonal, so that their
+shares can be told apart.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def settings(accumulation: int) -> dict[str, Any]:
 
 
 def shares(deepspeed: Any, accumulation: int, passes: int) -> list[float]:
-    """The share of each micro-batch's gradient in one update, in units of what a sum over micro-batches has: 1 each.
+    """The share of each micro-batch's gradient in one update; in a sum over micro-batches each share is 1.
 
     Micro-batch i is the unit vector e_i, and the loss is the model's output, w·e_i: its gradient is e_i.
     """

@@ -1,11 +1,11 @@
 """A loss function of the user's own: `loss=FILE:FUNCTION`.
 
-The function is called once per micro-batch and returns the scalar whose backward pass is added up. It gets by name
-those of these arguments that it has:
+The function is called once per micro-batch and returns a scalar, whose gradients are summed over the micro-batches. Its
+parameters are chosen by name from these:
 
     logprobs         [b, T] log π_θ of each response token, with gradient
     old_logprobs     [b, T] of the policy that sampled
-    advantages       [b] of the algorithm that it should be
+    advantages       [b] of the algorithm that it is compared with
     mask             [b, T] bool, True on the tokens of the responses
     logits           [b, T, 2] of a vocabulary of two tokens; the sampled one is token 0
     rewards          [b]
@@ -64,7 +64,7 @@ def load(text: str) -> Callable[..., Tensor]:
         raise ConfigError(f"found {text!r}, but there is no file {path!r}; give the path of a Python file", "loss")
     spec = importlib.util.spec_from_file_location(f"upge_referee_{Path(path).stem}", path)
     if spec is None or spec.loader is None:
-        raise ConfigError(f"found {text!r}; {path!r} is not a Python file, whose name ends with .py", "loss")
+        raise ConfigError(f"found {text!r}; give a Python file, whose name ends with .py", "loss")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     try:

@@ -1,7 +1,7 @@
 """The protocol: one seeded float64 batch, cut in several ways, and the gradient of a loss by its log-probs.
 
-An update is a batch of B rollouts that R processes share, each in G micro-batches. Processes average their gradients,
-micro-batches add theirs up, as optimizers do with them. A loss is judged by the weight of each token,
+An update is a batch of B rollouts that R processes share, each in G micro-batches. As in training, gradients are summed
+over micro-batches and averaged over processes. A loss is judged by the weight of each token,
 
     w = -∂(1/R Σ_ranks Σ_micro loss)/∂ log π_θ,    [B, T],
 
@@ -101,7 +101,7 @@ class Batch:
     Attributes:
         trajectories: what the algorithms read.
         logprobs, old_logprobs: [B, T], also on padding, where a loss without a mask would read them.
-        advantages: [B] of this project's algorithm; what a loss is given that does not compute its own.
+        advantages: [B] of this project's algorithm, for losses that do not compute their own.
     """
 
     trajectories: Trajectories
@@ -159,7 +159,7 @@ def make_batch(algorithm: Algorithm, padding: int = 0, seed: int = 0) -> Batch:
     b, width = QUESTIONS * GROUP, LENGTH + padding
 
     def noise(scale: float) -> Tensor:
-        # Of one size for every padding, so that the padded batch is the same batch.
+        # Drawn at one size, whatever the padding, so that the padded batch has the same values.
         return torch.randn(b, LENGTH + 16, dtype=torch.float64, generator=g)[:, :width] * scale
 
     lengths = torch.randint(1, LENGTH + 1, (b,), generator=g)

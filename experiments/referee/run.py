@@ -39,7 +39,7 @@ class Result:
 
 
 def results(config: RefereeConfig) -> Iterator[Result]:
-    """The results of all versions, one after the other; those that `config.saved` has are not made again."""
+    """The results of all versions, one after the other; those in the folder `config.saved` are read from there."""
     for name in config.frameworks:
         for version in config.versions_of(name):
             kept = Path(config.saved) / f"{name}-{version}.json" if config.saved else None
@@ -54,7 +54,7 @@ def results(config: RefereeConfig) -> Iterator[Result]:
 
 
 def judged(name: str, version: str, download: bool) -> Result:
-    """The result of one version; with an error if it cannot be had or its worker fails."""
+    """The result of one version; with an error if the version is not available or its worker fails."""
     try:
         folders = folders_of(name, version, download)
     except ConfigError as error:

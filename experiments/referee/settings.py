@@ -12,7 +12,7 @@ import algorithms
 from upge.config import parse, split
 from upge.errors import ConfigError, nearest
 
-#: The frameworks that have an adapter, and DeepSpeed, of which real updates are run.
+#: The frameworks that have an adapter, and DeepSpeed, whose real updates are run.
 FRAMEWORKS = ("trl", "verl", "ms_swift", "openrlhf")
 OFFLOAD = "deepspeed"
 #: Versions of DeepSpeed that are judged by default: the last two with the fault, and the first without.
@@ -22,10 +22,10 @@ KEYS = {
     "frameworks": (f"{','.join((*FRAMEWORKS, OFFLOAD))}", "what to judge, separated by commas"),
     "versions": ("", f"versions of the one framework; empty = those of the page; '{INSTALLED}' = the installed one"),
     "download": ("true", "false: only versions that are in the cache"),
-    "saved": ("", "a folder that keeps the result of each version, and from which it is read again"),
+    "saved": ("", "a folder in which the results of versions are saved, and from which they are read if they exist"),
     "loss": ("", "FILE:FUNCTION, a loss function of your own, judged in place of the frameworks'"),
-    "algo": ("grpo", "the algorithm that `loss` should be; settings as algo.terms....=VALUE"),
-    "output": ("", "an HTML file that is written as well"),
+    "algo": ("grpo", "the algorithm that `loss` is compared with; settings as algo.terms....=VALUE"),
+    "output": ("", "an HTML file to write as well"),
 }
 
 
@@ -39,7 +39,7 @@ class RefereeConfig:
         download: whether versions that are not cached are downloaded.
         saved: a folder of results, or empty.
         loss: FILE:FUNCTION, or empty.
-        algo: name of the algorithm that `loss` should be.
+        algo: name of the algorithm that `loss` is compared with.
         overrides: changes of its file.
         output: an HTML file, or empty.
     """
@@ -94,7 +94,8 @@ class RefereeConfig:
             raise ConfigError(f"found {self.download!r}; give true or false", "download")
         if self.versions and len(self.frameworks) != 1:
             raise ConfigError(
-                f"found {','.join(self.versions)} for {len(self.frameworks)} frameworks; give one, as frameworks=trl",
+                f"found {','.join(self.versions)} for {len(self.frameworks)} frameworks; give one framework, as in "
+                "frameworks=trl",
                 "versions",
             )
         if self.algo not in algorithms.names():

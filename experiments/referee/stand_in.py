@@ -57,7 +57,7 @@ class Accelerator(Bag):
         return contextlib.nullcontext()
 
     def backward(self, loss: Tensor, **options: Any) -> None:
-        """The backward pass, without a factor, as in transformers' trainer, which creates it with one step."""
+        """The backward pass, without a factor: transformers' trainer sets up its accelerator with one step."""
         loss.backward()
 
 

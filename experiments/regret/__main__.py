@@ -4,7 +4,8 @@
 
 For each of many prompts it measures the gain in held-out accuracy and in held-out log-likelihood of demonstrations from
 one step on the prompt's rollouts, on its demonstration, on both and on nothing. It reports what is best by pass rate,
-and how much every gate loses against an oracle that knows. policies=[PATH,...] or run=FOLDER measures several policies.
+and how much every gate loses against an oracle that knows the gains. policies=[PATH,...] or run=FOLDER measures several
+policies.
 It writes a folder with report.html, report.md, regret.json, groups.csv and the figures; docs/regret.md explains them.
 With --docs it also writes the results into docs/regret.md.
 """

@@ -16,9 +16,9 @@ from upge.measure.regret import Mean, Signals, best, by_prompt, gains, learned, 
 
 #: Rule of a step → (metric, whether all steps have one length instead of one learning rate).
 RULES = {"sgd": ("sgd", True), "adam": ("adam", True), "rate": ("sgd", False)}
-#: Objective → the unit of its gains and how many there are in one of the measured quantity.
+#: Objective → the unit of its gains, and how many such units make 1 of the measured quantity.
 UNITS = {"accuracy": ("points", 100.0), "log-likelihood": ("0.01 nats", 100.0)}
-#: What the oracle chooses from, with the coefficients of rollouts and demonstration; of equal gains the first.
+#: What the oracle chooses from, with the coefficients of rollouts and demonstration; among equal gains the first one.
 ACTIONS = {"nothing": (0.0, 0.0), "rollouts": (1.0, 0.0), "demonstration": (0.0, 1.0), "both": (1.0, 1.0)}
 ORACLE, BEST_CONSTANT = "oracle", "best constant"
 
@@ -46,7 +46,7 @@ class AtCount:
     """The groups with a number of successes.
 
     Attributes:
-        gains: action → gain; without prompts enough for an interval, empty.
+        gains: action → gain; empty if there are too few prompts for an interval.
         difference: the demonstration's gain minus that of the rollouts; None as above.
         choices: action → the share of groups in which it is the best, with all held-out data.
     """
@@ -65,7 +65,7 @@ class Analysis:
 
     Attributes:
         scores: the oracle first, then references, then gates.
-        optimistic: the oracle's gain where it is valued by the same held-out data as it chooses by.
+        optimistic: the oracle's gain if the held-out data that its choice is based on also measure the gain.
     """
 
     rule: str

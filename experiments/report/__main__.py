@@ -1,4 +1,4 @@
-"""Write report.html into the folders of runs, and for several runs a page that lays their curves over each other.
+"""Write report.html into the folders of runs, and for several runs a page with their curves in the same charts.
 
 python -m experiments.report runs/my-run [runs/other ...] [--overlay FILE]
 """
@@ -25,7 +25,7 @@ def _report(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m experiments.report",
         description="Write report.html into the folders of runs. For several "
-        "runs, also write a page with their curves over each other, their evaluations and the settings that differ.",
+        "runs, also write a page with their curves in the same charts, their evaluations and the settings that differ.",
     )
     parser.add_argument("folders", nargs="+", metavar="RUN", help="the folder of a run, finished or not")
     parser.add_argument(

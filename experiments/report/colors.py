@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-#: Lightness and chroma on a light and on a dark page. Neighbours alternate, so that more than the hue tells them apart.
+#: Lightness and chroma on a light and on a dark page. Neighbors alternate, so that more than the hue tells them apart.
 _LIGHT, _DARK = ((0.47, 0.15), (0.62, 0.13)), ((0.84, 0.12), (0.68, 0.14))
 _FIRST_HUE = 250  # blue
 

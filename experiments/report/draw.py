@@ -1,6 +1,6 @@
-"""Draws a plot as inline SVG with CSS variables as colours, so that one drawing serves light and dark pages.
+"""Draws a plot as inline SVG with CSS variables as colors, so that one drawing serves light and dark pages.
 
-Matplotlib draws with placeholder colours, which are then replaced by `var(--c0)` and so on; the page's style sheet
+Matplotlib draws with placeholder colors, which are then replaced by `var(--c0)` and so on; the page's style sheet
 defines their values. Drawing needs no display, no font file and no network.
 """
 
@@ -29,7 +29,7 @@ _NAMES = (*(f"c{index}" for index in range(COLORS)), "ink", "soft", "rule", "car
 
 
 def _stand_in(name: str) -> str:
-    """The placeholder of a colour of the style sheet; l0, l1, ... are numbered without end."""
+    """The placeholder of a color of the style sheet; l0, l1, ... have no highest number."""
     numbered = re.fullmatch(r"l(\d+)", name)
     return f"#b1{int(numbered[1]):04x}" if numbered else f"#a1b2{_NAMES.index(name):02x}"
 
@@ -55,7 +55,7 @@ def smoothing_window(one: Series) -> int:
 
 
 def color_name(plot: Plot, index: int) -> str:
-    """The name of the CSS variable with the colour of line number `index`."""
+    """The name of the CSS variable with the color of line number `index`."""
     return plot.palette[index % len(plot.palette)] if plot.palette else f"c{index % COLORS}"
 
 
@@ -158,12 +158,12 @@ def _dress(axes, plot: Plot, series: Sequence[Series]) -> None:
 
 
 def _dash(colors: Sequence[str], index: int) -> str:
-    """Dashes for a line with the colour of an earlier one."""
+    """Dashes for a line with the color of an earlier one."""
     return "--" if colors[index] in colors[:index] else "-"
 
 
 def _centred_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """The weighted mean over `window` neighbours, fewer at the ends; gaps are skipped and stay gaps."""
+    """The weighted mean over `window` neighbors, fewer at the ends; gaps are skipped and stay gaps."""
     if window == 1:
         return values
     known = ~np.isnan(values)
@@ -210,7 +210,7 @@ def _bin_means(values: np.ndarray, size: int) -> np.ndarray:
 
 
 def _inline(svg: str, identifier: str, description: str, values: str) -> str:
-    """Prepares an SVG for a page with several: unique ids, no header or metadata, page colours, short numbers."""
+    """Prepares an SVG for a page with several: unique ids, no header or metadata, page colors, short numbers."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r"<!--.*?-->\n?", "", svg, flags=re.DOTALL)

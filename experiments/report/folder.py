@@ -158,7 +158,7 @@ def _drawable(value: object) -> object:
 
 
 def _evaluation(record: dict) -> dict:
-    """A line of evaluations.jsonl with the scores that the report knows."""
+    """A line of evaluations.jsonl with the scores that the report shows."""
     levels = record.get("levels")
     levels = {str(name): _scores(one) for name, one in levels.items()} if isinstance(levels, dict) else {}
     whole = {"all": _scores(record["all"])} if "all" in record else {}

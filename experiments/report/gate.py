@@ -25,7 +25,7 @@ _HISTOGRAM = Plot(
     "solve.",
     kind="stack", limits=(0, None), section="gradient",
 )  # fmt: skip
-_NO_SIGNAL = "Prompts with no or only correct rollouts give no signal to a group-relative advantage."
+_NO_SIGNAL = "Prompts whose rollouts are all correct or all wrong give no signal to a group-relative advantage."
 _LEVELS = Plot(
     "plot-imitation", "Demonstrations by level", "share of a level's prompts that learned from one",
     "Should fall level by level, the easy ones first; a level that stays at 1 is imitated but not yet solved.",
@@ -126,7 +126,7 @@ def by_ease(prompts: Sequence[dict]) -> list[str]:
 
 MOST_ROWS, MOST_COLUMNS = 64, 160
 WIDTH, LABELS, ROW, TOP, FOOT = 1100, 130, 9, 6, 34  # in units of the picture, about pixels
-#: What a prompt contributed in a step: name → (colour, legend).
+#: What a prompt contributed in a step: name → (color, legend).
 STATES = {
     "rollouts": ("c0", "rollouts"),
     "demonstrations": ("c1", "demonstration"),
@@ -155,7 +155,7 @@ class HeatMap:
     def reading(self) -> str:
         """How to read it, for the states that occur."""
         if "rollouts" not in self.states and "both" not in self.states:
-            return "A row that changes back and forth has been forgotten in between."
+            return "A row that changes back and forth is a prompt that was forgotten in between."
         first = "demonstration" if {"demonstrations", "both"} & {*self.states} else "no signal"
         return f"A row should change from {first} to rollouts to all correct; a row that changes back shows forgetting."
 
@@ -258,7 +258,7 @@ def _row_title(number: int, row: _Row) -> str:
 
 
 def _box(x: float, y: float, width: float, height: float) -> str:
-    """A rectangle as part of a path, with a small gap between neighbours if there is room."""
+    """A rectangle as part of a path, with a small gap between neighbors if there is room."""
     gap = 0.6 if width > 4 else 0.0
     return f"M{x:.1f} {y:g}h{width - gap:.1f}v{height:g}h-{width - gap:.1f}z"
 

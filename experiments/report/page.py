@@ -1,7 +1,7 @@
 """The report of a run as one HTML page: settings, accuracy, training curves, gradient metrics and sample responses.
 
 The page is self-contained: its style and its script are inside, and it loads nothing from the network. The tokens with
-the largest weights are shown in their text, each coloured by its weight in a term.
+the largest weights are shown in their text, each colored by its weight in a term.
 """
 
 from __future__ import annotations
@@ -243,14 +243,14 @@ def _json(value: object) -> str:
         return "…"
 
 
-SHADES = 8  # of each colour, in base.html.j2
+SHADES = 8  # of each color, in base.html.j2
 LONGEST_PROMPT = 1200
 
 
 def token_texts(lines: Iterable[dict]) -> list[dict[str, Any]]:
     """The terms and their trajectories in lines of tokens/step_*.jsonl; unreadable lines are left out.
 
-    The strongest colour stands for the largest absolute weight of the term in these lines.
+    The strongest color stands for the largest absolute weight of the term in these lines.
     """
     terms: dict[str, list[dict]] = {}
     for line in lines:
@@ -300,8 +300,8 @@ def _trajectory(line: dict, largest: float) -> dict[str, Any]:
 
 
 def _runs(line: dict, largest: float) -> list[dict[str, str]]:
-    """Joins neighbouring tokens that have the same colour and the same displayed weight."""
-    # A visible sign goes before each line break, because a line break has no width to colour.
+    """Joins neighboring tokens that have the same color and the same displayed weight."""
+    # A visible sign goes before each line break, because a line break has no width to color.
     texts = (str(token).replace("\n", "↵\n") for token in line["tokens"])
     columns = zip(texts, line["weights"], line["relative"], strict=True)
     marked = [(_shade(weight, largest), _printed(relative), text) for text, weight, relative in columns]

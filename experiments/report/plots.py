@@ -89,7 +89,7 @@ class Plot:
         limits: of the vertical axis.
         log_scale: whether the vertical axis is logarithmic.
         section: the part of the page, "training" or "gradient".
-        palette: colours of the style sheet in place of the default ones, one for each line.
+        palette: colors of the style sheet in place of the default ones, one for each line.
         when: whether the plot and its caption fit an algorithm.
         fewest: the fewest lines with which it says something.
         floor: values up to it are rounding errors.
@@ -120,7 +120,7 @@ PLOTS = (
          "Near 0 or 1 most groups have equal rewards, and a group-relative advantage is 0 there.",
          ("pass_rate", "pass_rate/*"), limits=(0, None), when=lambda parts: parts.compares_groups),
     Plot("plot-pass-rate", "Pass rate", "share of rollouts that are correct",
-         "Should rise with the reward, of which it leaves out everything but success.",
+         "Should rise with the reward, but counts success alone.",
          ("pass_rate", "pass_rate/*"), limits=(0, None)),
     Plot("plot-demonstrations", "Share of demonstrations", "demonstrations among the active trajectories",
          "How often the gate chose imitation. Should fall as the policy learns to solve the prompts itself.",
@@ -154,7 +154,7 @@ PLOTS = (
          "Weights below 0 make tokens less likely; a lower edge that keeps falling makes training unstable.",
          ("*/weight_p[0-9]*",), kind="band", section="gradient"),
     Plot("plot-advantage", "Advantage of each term", "mean Â per token",
-         "Near 0 if groups are centred; a drift means that long and short responses get different advantages.",
+         "Near 0 if groups are centered; a drift means that long and short responses get different advantages.",
          ("*/advantage_mean",), section="gradient", when=lambda parts: parts.compares_groups),
     Plot("plot-advantage", "Advantage of each term", "mean Â per token",
          "Above 0, more tokens are made likelier than less likely; a drift moves this balance.",
@@ -178,7 +178,7 @@ PLOTS = (
          "1 means equal weights; a fall means that the weights of a term become unequal.",
          ("*/effective_share",), limits=(0, 1.02), section="gradient"),
     Plot("plot-memory", "Memory of prompts", "reward",
-         "The value remembered of the step's prompts, and its distance to rewards: if it grows, memory lags behind.",
+         "The remembered value of the step's prompts, and its distance to rewards; if that grows, memory lags.",
          ("memory/value_*",)),
     Plot("plot-curriculum", "Prompts of the curriculum", "prompts; effective = (Σw)² / Σw²",
          "If few are effective, the same prompts are drawn again and again.",
@@ -190,7 +190,7 @@ PLOTS = (
          "Above 0 the held-out objective improves with a larger variable; noise around 0 means no effect.",
          ("state/*_utility_slope",)),
     Plot("plot-noise", "Noise of the two gradients", "variance or mean square of coefficients",
-         "What a share of demonstrations follows: it rises with the noise of rollouts, and falls with the other's.",
+         "The share of demonstrations rises with the noise of rollouts and falls with that of demonstrations.",
          ("state/*_noise", "state/*_disagreement")),
     Plot("plot-critic", "Critic", "share of the returns' variance that its values explain",
          "Near 0 the values do not help, and below 0 they harm; should rise before the policy has changed much.",
@@ -208,7 +208,7 @@ PLOTS = (
          "A rise from the first quarter (q1) to the last means that differences grow along the response.",
          ("sampler/kl_k3_q*", "behavior/kl_k3_q*"), log_scale=True, floor=1e-9),
     Plot("plot-masked-mass", "Mass that masks remove", "share of Σ|w| without the mask",
-         "Above the masked share, the mask removes tokens with large weights; q1 to q4: quarters of the response.",
+         "If it exceeds the masked share, the mask removes large weights; q1 to q4: quarters of the response.",
          ("*/masked_mass", "*/masked_mass_q*"), limits=(0, None), section="gradient"),
     Plot("plot-loss", "Loss", "negative log-likelihood of the demonstrations, weighted as in the gradient",
          "Should fall. If it keeps falling while the evaluation does not improve, the demonstrations are memorized.",

@@ -75,7 +75,7 @@ def _run(arguments: list[str]) -> int:
         notes = (*composed.notes, *prepared.notes, *check_gpus(composed, arguments), *check_fits(composed))
         notes += tuple(check_verifiers(prepared.verifiers, composed.config.verify))
         world = connect()
-        # Of all ranks the main one chooses the folder; another rank may have seen it there already.
+        # All ranks take the main rank's folder, because a rank that looked later may have found another one free.
         folder, continues = world.broadcast((prepared.folder, prepared.continues))
     return _train(composed, replace(prepared, notes=notes, folder=folder, continues=continues), world)
 
@@ -97,7 +97,7 @@ def _train(composed: Composed, prepared: Prepared, world: World) -> int:
             with world.together():
                 if world.is_main:
                     held.enter_context(folder.locked())
-                    # Another run may have begun or ended there since it was checked.
+                    # Another run may have begun or ended in the folder since it was checked.
                     continues = folder.open(composed.tree, composed.config.resume)
             continues = world.broadcast(continues)
             prepared = replace(prepared, continues=continues)

@@ -38,7 +38,7 @@ from upge.prompt_memory import PromptColumns, PromptRecord
 from upge.train.config import RunConfig
 from upge.trajectories import Trajectories
 
-#: Replaces a prompt of the data set where that cannot be read.
+#: Stands in for a problem of the data set if the data cannot be read.
 EXAMPLE = Problem("example", "What is 2 + 3?", "5")
 
 
@@ -114,7 +114,7 @@ def in_print(algorithm: Algorithm | Pipeline) -> str:
         if path and not path.startswith("stages."):
             lines.append(f"{path.split('.')[0]}: {one.formula()}")
         if one.critic is not None:
-            lines.append(f"critic: minimises {one.critic.formula().text}")
+            lines.append(f"critic: minimizes {one.critic.formula().text}")
     return "\n".join(lines)
 
 
@@ -267,7 +267,7 @@ def balance(algorithm: Algorithm, group_size: int, tokens: int) -> Balance:
     The batch has two prompts with a demonstration each, and is strictly on-policy. No rollout of the second is right.
 
     Args:
-        group_size: rollouts per prompt, of which half are right in the first, rounded down.
+        group_size: rollouts per prompt. Half of the first prompt's, rounded down, are right.
         tokens: length of every response.
     """
     right, size = group_size // 2, group_size + 1

@@ -1,4 +1,4 @@
-"""How a run ended: exit.json in its folder, and for launchers, which replace the exit codes of their ranks."""
+"""Records how a run ended in exit.json, and announces it to launchers, which replace the exit codes of their ranks."""
 
 from __future__ import annotations
 

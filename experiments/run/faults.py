@@ -36,8 +36,8 @@ class _Kind(NamedTuple):
     """A kind of fault.
 
     Attributes:
-        make: from the size of a group.
-        changes: whether it changes anything in runs of an algorithm.
+        make: makes the fault, for groups of this size.
+        changes: whether the fault changes anything in runs of an algorithm.
         needs: what an algorithm must have for that.
     """
 
@@ -49,9 +49,9 @@ class _Kind(NamedTuple):
 def _dropped_micro_batches(group_size: int) -> Fault:
     """Only the gradient of an update's last micro-batch survives.
 
-    DeepSpeed's ZeRO 1 and 2 with the optimizer on the CPU and several backward passes per step (DeepSpeed #7981, and
-    the like in #7967), and so the SFT of published comparisons (arXiv 2604.23747). On several ranks it is each rank's
-    last micro-batch.
+    DeepSpeed's ZeRO 1 and 2 with the optimizer on the CPU and several backward passes per step (DeepSpeed #7981; a
+    similar fault in #7967), and therefore the SFT of published comparisons (arXiv 2604.23747). On several ranks each
+    rank's last micro-batch survives.
     """
 
     def with_engine(updater: Updater) -> Updater:
@@ -117,7 +117,7 @@ def _sampler_temperature(group_size: int) -> Fault:
 
 
 def _stale_weights(group_size: int) -> Fault:
-    """The sampler keeps the weights that it got first.
+    """The sampler keeps the first weights that it received.
 
     TRL with vLLM's sleep mode (#5312). The evaluations during the run use the same engine, and therefore these weights.
     """
@@ -127,7 +127,7 @@ def _stale_weights(group_size: int) -> Fault:
 
         def load_weights(weights: Iterable[tuple[str, Tensor]]) -> None:
             is_first = not first
-            # All ranks must gather every weight, also those that are not used.
+            # All ranks must gather every weight, even those that are not used.
             for name, weight in weights:
                 if is_first:
                     first[name] = weight.detach().to("cpu", copy=True)
@@ -148,7 +148,7 @@ def _cut_demonstrations(group_size: int) -> Fault:
         lengths = sorted(len(one) for example in examples for one in example.demonstrations)
         if not lengths:
             return examples
-        # The longest one is cut also if all have the same length.
+        # The longest one is cut even if all have the same length.
         most = min(lengths[len(lengths) // 2], max(1, lengths[-1] - 1))
         return [
             replace(example, demonstrations=tuple(tuple(one[:most]) for one in example.demonstrations))
@@ -276,7 +276,7 @@ def with_k1(algorithm: Algorithm) -> Algorithm:
 
 
 class _Replaced:
-    """An object of which some attributes are replaced; all others, and what is assigned, are its own."""
+    """A proxy with some attributes of its own; all other reads, and every assignment, go to the inner object."""
 
     def __init__(self, inner: Any, **changed: Any) -> None:
         vars(self).update(_inner=inner, **changed)
@@ -296,7 +296,7 @@ def _with(updater: Updater, **changed: Any) -> Updater:
 
 
 def _sampling(sampler: Sampler, change: Callable[[Sampling], Sampling]) -> Sampler:
-    """The sampler, which samples otherwise than it is asked to."""
+    """A sampler that changes the settings that it is called with before it samples."""
 
     def sample(prompts: Any, n: int, asked: Sampling, *rest: Any, **more: Any) -> Any:
         return sampler.sample(prompts, n, change(asked), *rest, **more)
@@ -305,7 +305,7 @@ def _sampling(sampler: Sampler, change: Callable[[Sampling], Sampling]) -> Sampl
 
 
 def _with_plans(updater: Updater, change: Callable[..., Plan]) -> Updater:
-    """The updater, whose plans follow from the split of their update into micro-batches."""
+    """The updater with plans that depend on how their update is split into micro-batches."""
     filler, algorithm = updater.filler, updater.algorithm
 
     def evaluated(batch: StepBatch, plan: Plan, *rest: Any) -> tuple[Plan, list[Any]]:

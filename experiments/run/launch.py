@@ -1,4 +1,4 @@
-"""Several GPUs: `gpus=8` starts torchrun, and a run that needs more of them than it has says how many."""
+"""Several GPUs: `gpus=8` starts torchrun, and a run that does not fit on one GPU says how many it needs."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """`log_to`: the metrics and evaluations of a run in TensorBoard, trackio and Weights & Biases, besides its folder.
 
-A continued run goes on as the same run there. What an interrupted attempt has logged already is not logged again.
+A continued run remains one run there, with one value per step even if an interrupted attempt has logged some already.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Logger(ABC):
 
     @abstractmethod
     def finish(self, code: int) -> None:
-        """Ends the run, which has this exit code."""
+        """Ends the run with this exit code."""
 
 
 class TensorBoard(Logger):

@@ -25,7 +25,7 @@ RESERVE = int(1.5 * GIB)
 #: Bytes per parameter of the tensors that torch's AdamW allocates in a step: the root of the second moments on a GPU;
 #: on a CPU also its quotient.
 ADAMW_BYTES = {"cuda": 4, "cpu": 8}
-#: Bytes of a token of a kept rollout: Python's numbers of its id and of two log-probs, and their places in tuples.
+#: Bytes of a token of a kept rollout: Python's objects for its id and two log-probs, and their places in tuples.
 REPLAY_BYTES = 100
 #: The batch sizes for which vLLM records CUDA graphs, up to twice the number of sequences.
 GRAPH_SIZES = (1, 2, 4, *range(8, 256, 8), *range(256, 513, 16))
@@ -214,8 +214,8 @@ def checkpoint_bytes(parameters: int, moments: int = 1) -> int:
 def graph_bytes(max_sequences: int) -> int:
     """Bytes of vLLM's CUDA graphs, part of its share of the memory, which sleep does not free.
 
-    1 GiB is assumed for the about 100 graphs of all 51 sizes. vLLM logged 0.2 GiB for 35 graphs of 1 B parameters, and
-    1 GiB for a model of 55 GiB.
+    1 GiB is assumed for all 51 sizes, about 100 graphs. vLLM logged 0.2 GiB for 35 graphs of a model of 1 B
+    parameters, and 1 GiB for a model of 55 GiB.
     """
     recorded = [size for size in GRAPH_SIZES if not max_sequences or size <= 2 * max_sequences]
     return GIB * len(recorded) // len(GRAPH_SIZES)

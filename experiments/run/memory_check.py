@@ -167,8 +167,8 @@ def _check_engine(config: RunConfig, shape: ModelShape, memory: Memory) -> None:
         more = f"take more GPUs (hardware.gpus){_divided(config, memory)}"
         fix = f"lower it to {most_share:g} or less" if least_share <= most_share else more
         raise ConfigError(
-            f"rollout.memory_fraction: {fraction:g} of {total / GIB:.1f} GiB is {room / GIB:.1f} GiB, beside "
-            f"{(total - free) / GIB:.1f} GiB of weights, gradients and AdamW; {fix}"
+            f"rollout.memory_fraction: {fraction:g} of {total / GIB:.1f} GiB is {room / GIB:.1f} GiB, and weights, "
+            f"gradients and AdamW take {(total - free) / GIB:.1f} GiB; {fix}"
         )
 
 
@@ -199,8 +199,8 @@ def _check_update(config: RunConfig, memory: Memory) -> None:
     fix = f"set model.gradient_checkpointing={more}, or " if more else ""
     raise ConfigError(
         f"optimizer.micro_batch_tokens: {config.optimizer.micro_batch_tokens:,} tokens leave a rank with at least "
-        f"{least / GIB:.1f} GiB in the backward pass, on {machine}; {fix}lower it (a response of "
-        f"rollout.max_response_tokens={config.rollout.max_response_tokens:,} must fit, whatever it is)"
+        f"{least / GIB:.1f} GiB in the backward pass, on {machine}; {fix}lower it (at any value, a response of "
+        f"rollout.max_response_tokens={config.rollout.max_response_tokens:,} must fit)"
     )
 
 
@@ -220,7 +220,7 @@ def _tight(memory: Memory) -> list[str]:
         fix = "set deepspeed.offload=none, or take more machines" if memory.offloaded else "take more machines"
         warnings.append(
             f"this machine has {there / GIB:.1f} GiB of main memory, and {memory.host_peak / GIB:.1f} GiB are needed, "
-            f"most for this: {largest.what}. The run may be killed then; {fix}"
+            f"most of it for this: {largest.what}. The run may be killed; {fix}"
         )
     return warnings
 

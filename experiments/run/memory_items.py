@@ -61,7 +61,7 @@ class Memory:
         engine: the inference engine.
         update: the forward and backward pass.
         offloaded: what is kept in the main memory of a machine with GPUs.
-        host: what takes its main memory beside that; never at the same time.
+        host: what else takes its main memory, one item at a time.
         remembered: earlier weights and rollouts that its main memory holds.
     """
 

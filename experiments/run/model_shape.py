@@ -108,7 +108,7 @@ class ModelShape:
 
     @property
     def size(self) -> str:
-        """The number of parameters for people, as in 7.62 B."""
+        """The number of parameters in readable form, such as 7.62 B."""
         for unit, letter in ((1e9, "B"), (1e6, "M")):
             if self.parameters >= unit:
                 return f"{self.parameters / unit:.3g} {letter}"

@@ -1,4 +1,4 @@
-"""The models without gradients that a run loads beside its policy, and those that share the policy's weights."""
+"""The models without gradients that a run loads besides its policy, and those that share the policy's weights."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def frozen_models(config: RunConfig, needs: Needs) -> dict[str, Loaded]:
 
 
 def check_secondary_partition(composed: Composed) -> None:
-    """Refuses ZeRO++'s secondary partition for runs with several models, which DeepSpeed cannot do.
+    """Refuses ZeRO++'s secondary partition for runs with several models, which DeepSpeed does not support.
 
     Raises:
         ConfigError: the algorithm needs a critic, or a reference policy or a teacher with weights of its own.
@@ -56,7 +56,7 @@ def check_secondary_partition(composed: Composed) -> None:
         return
     if frozen_models(config, composed.algorithm.needs) or any(s.algorithm.critic is not None for s in stages):
         raise ConfigError(
-            "zero_optimization.zero_hpz_partition_size: DeepSpeed supports it for one model of a process, and this "
+            "zero_optimization.zero_hpz_partition_size: DeepSpeed supports it for only one model per process, and this "
             "algorithm needs a critic, a reference policy or a teacher; remove it",
             "deepspeed.config",
         )

@@ -209,7 +209,7 @@ def verifier_pool(verifiers: Sequence[str], config: VerifyConfig) -> VerifierPoo
 def check_verifiers(verifiers: Sequence[str], config: VerifyConfig) -> list[str]:
     """Checks that this machine can run these verifiers as the settings say; returns notes about the network.
 
-    Only verifiers that execute other code than upge's are worth a note.
+    Only verifiers that execute code of other packages or of the user are noted.
 
     Raises:
         ConfigError: there are too many workers for the machine, or an environment variable is not set.
@@ -230,7 +230,7 @@ def check_length(
     """Checks the model's files, and that no prompt with its response can exceed the model's positions.
 
     Raises:
-        ModelError: there is no model, a file of it is cut, or it has too few positions.
+        ModelError: there is no model, one of its files is truncated, or it has too few positions.
     """
     if not model.path:
         raise ModelError("model.path: empty; give the folder of a Hugging Face causal LM, a hub name, or model=NAME")
@@ -275,9 +275,9 @@ def check_answers(problems: Sequence[data.Problem], default: str) -> tuple[str, 
         if not problem.answer:
             raise DataError(
                 f"{problem.where or problem.id}: there is no answer, and the verifier '{problem.verifier or default}' "
-                "compares responses with it. Name its column as data.columns.answer, or a verifier that asks for no "
-                "answer as verify.verifier. An algorithm that learns only from demonstrations or pairs, such as sft or "
-                "dpo, needs none for training; eval.every=-1 measures no accuracy"
+                "compares responses with it. Set data.columns.answer to its column, or verify.verifier to a verifier "
+                "that needs no answer. An algorithm that learns only from demonstrations or pairs, such as sft or dpo, "
+                "needs no answers for training; eval.every=-1 measures no accuracy"
             )
         raise DataError(
             f"{problem.where or problem.id}: the answer cannot be verified: {reason}; for training "
@@ -305,8 +305,9 @@ def _verifiable(splits: data.Splits, config: RunConfig) -> tuple[data.Splits, li
     train, evaluation = (tuple(p for p in side if p.id not in out) for side in (splits.train, splits.evaluation))
     first, reason = refused[0]
     if not train or (splits.evaluation and not evaluation):
-        raise DataError(f"{first.where or first.id}: no answer of a whole side can be verified; here: {reason}")
-    note = f"{len(refused)} problems dropped, their answers cannot be verified; the first: {first.where}: {reason}"
+        side = "evaluation" if train else "training"
+        raise DataError(f"{first.where or first.id}: no answer of the {side} side can be verified; here: {reason}")
+    note = f"{len(refused)} problems dropped: their answers cannot be verified; the first: {first.where}: {reason}"
     return replace(splits, train=train, evaluation=evaluation), [note]
 
 
@@ -387,12 +388,12 @@ def _encode(
         pairs=which == "training" and needs.preference_pairs,
     )
     prompts = encoded.dropped_prompts
-    notes = [f"{which}: {prompts} problems dropped: prompt beyond rollout.max_prompt_tokens"] if prompts else []
+    notes = [f"{which}: {prompts} problems dropped: prompt longer than rollout.max_prompt_tokens"] if prompts else []
     counts = {
-        "demonstrations dropped, they exceed": encoded.dropped_demonstrations,
-        "demonstrations cut, they exceed": encoded.truncated_demonstrations,
-        "preference pairs dropped, one side exceeds": encoded.dropped_pairs,
-        "preference pairs cut, one side exceeds": encoded.truncated_pairs,
+        "demonstrations dropped: longer than": encoded.dropped_demonstrations,
+        "demonstrations cut to": encoded.truncated_demonstrations,
+        "preference pairs dropped: one side longer than": encoded.dropped_pairs,
+        "preference pairs cut to": encoded.truncated_pairs,
     }
     shown = [f"{count} {what}" for what, count in counts.items() if count and which == "training"]
     notes += [f"{which}: {one} rollout.max_response_tokens" for one in shown]

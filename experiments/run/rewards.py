@@ -16,8 +16,8 @@ def check_success(verifiers: Sequence[str], config: VerifyConfig) -> None:
     """Checks that some rewards of each verifier pass and some do not.
 
     Raises:
-        ConfigError: a verifier exists whose rewards are all above the threshold, or all at most the threshold; or a sum
-            lacks the reward `verify.success`.
+        ConfigError: all rewards of a verifier are above the threshold, or none is; or a sum lacks the reward
+            `verify.success`.
     """
     threshold = config.pass_threshold
     for text in verifiers:

@@ -193,7 +193,7 @@ def _start_folder(composed: Any, prepared: Any, metadata: dict[str, Any], resume
 
 
 def _saved_by(folder: Any, step: int | None, world: World) -> str:
-    """A remark if another number of ranks wrote the checkpoint of `step`; None is no checkpoint."""
+    """A remark if a different number of ranks wrote the checkpoint of `step`; None = no checkpoint."""
     from experiments.run.workload import pluralize
     from upge.train.resharding import saved_ranks
 
@@ -224,7 +224,7 @@ def _models(composed: Any, world: World) -> Any:
     if needs.teacher and config.teacher.self and config.teacher.weights == "present":
         teacher = policy
     elif needs.teacher:
-        # One that is not loaded for itself is the reference policy's model, or the policy's without adapters.
+        # A teacher without weights of its own is the reference policy's model, or the policy's without adapters.
         is_base = teacher_model(config) is None
         teacher = BasePolicy(policy) if is_base else frozen.get("teacher", frozen.get("reference"))
     return Models(policy, critic, reference, teacher)
@@ -255,7 +255,7 @@ def _finish(path: Path, ending: Any, say: Any) -> None:
             say(f"best:   {path / 'best'}, step {best['step']}, mean@{best['samples']} {100 * best['mean']:.1f} %")
     except Exception as error:  # whatever it is, the run itself has ended as its exit code says
         reason = (str(error).splitlines() or [""])[0]
-        say(f"report: failed ({type(error).__name__}: {reason}); python -m experiments.report {path} makes it again")
+        say(f"report: failed ({type(error).__name__}: {reason}); python -m experiments.report {path} tries again")
     if ending.code == BAD_INPUT:
         print_error(ending.reason)
     if ending.code:

@@ -133,9 +133,9 @@ def update_seconds(shape: ModelShape, gpus: int) -> float:
 def sampling_seconds(shape: ModelShape, gpus: int, sequences: float, split: int = 1) -> float:
     """Seconds of sampling a step's responses with `gpus / split` engines, each over `split` GPUs.
 
-    A step of an engine reads the weights and the cache of what is running, or takes 2 operations per parameter and
-    sequence, whichever is longer, but at least `STEP_SECONDS`. All responses have the mean length; prompts
-    cost nothing.
+    A decoding step takes the time to read the weights and the cache of the running sequences or that of 2 operations
+    per parameter and sequence, whichever is longer, and at least `STEP_SECONDS`. All responses have the mean length;
+    prompts cost nothing.
     """
     each = responses() * split / gpus
     running = min(each, sequences)

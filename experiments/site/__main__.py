@@ -44,7 +44,7 @@ def _build() -> int:
     settings = cli.ROOT / "mkdocs.yml"
     if not settings.exists():
         raise ConfigError(f"{settings} does not exist; the site is built in a clone of the repository")
-    # The program of mkdocs would print the warnings.
+    # Print the warnings, as the mkdocs command does.
     logging.getLogger("mkdocs").addHandler(logging.StreamHandler())
     try:
         build(load_config(str(settings), site_dir=str(OUTPUT), strict=True))

@@ -7,7 +7,7 @@ import re
 import algorithms
 from experiments import cli
 from experiments.describe import __main__ as describe
-from experiments.describe import base_of, correction_description, keys, members, needs, words
+from experiments.describe import base_of, correction_description, key_lines, members, needs, words
 from experiments.grid import markdown_table
 from experiments.site import examples, reference
 from experiments.site.page import Page, cell, fence, part_link, prose
@@ -112,7 +112,8 @@ def algorithm_page(name: str) -> str:
     if header.choices:
         lines += ["## Choices, and how others differ", "", prose(header.choices), ""]
     lines += ["## What it needs", "", *(f"- **{need}**: {how}" for need, how in needs(algorithm).items()), ""]
-    lines += [*_metrics(algorithm), "## Keys", "", "To append to the command:", "", fence("\n".join(_keys(name))), ""]
+    lines += [*_metrics(algorithm), "## Keys", "", "To append to the command:", ""]
+    lines += [fence("\n".join(key_lines(name))), ""]
     lines += [*_results(name), "## File", "", f"`algorithms/{name}.yaml`:", ""]
     source = algorithms.find(name).read_text("utf-8")
     # The comment at the top is the text above.
@@ -157,14 +158,6 @@ def _metrics(algorithm: Algorithm | Pipeline) -> list[str]:
     ]
 
 
-def _keys(name: str, *corrections: str) -> list[str]:
-    lines = []
-    for key, value, followed in keys(name, corrections):
-        shown = f"{key}={value}" if not value.startswith("${") else key
-        lines.append(f"{shown}   # follows {followed}" if followed else shown)
-    return lines
-
-
 def _results(name: str) -> list[str]:
     """What docs/results.md measured of it, and the sweeps that have it."""
     lines = ["## Results here", ""]
@@ -191,7 +184,7 @@ def _correction(name: str) -> str:
     papers = " ".join(f"[arXiv {paper}](https://arxiv.org/abs/{paper})" for paper in header.papers)
     text = "\n\n".join(filter(None, (header.what, header.textbook, header.choices)))
     algorithm = algorithms.load(base, corrections=[name])
-    own = [line for line in _keys(base, name) if line.startswith(f"{algorithms.CORRECTION}.")]
+    own = [line for line in key_lines(base, name) if line.startswith(f"{algorithms.CORRECTION}.")]
     lines = [f"## {name}", "", f"{correction_description(name)}. {papers}", "", prose(text), ""]
     lines += [
         f"On [`{base}`](algorithms/{base}.md):",

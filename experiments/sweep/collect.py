@@ -20,7 +20,7 @@ from upge.train.faults import NONE
 from upge.train.files import read_json, read_lines
 
 #: What to do about scores that cannot be read.
-_FIX = "remove the file, and the same command makes it again from the samples"
+_FIX = "remove the file, and the same command writes it again from the samples"
 #: Metrics that are drawn over the steps, with their titles and units.
 CURVES = {
     "reward/mean": ("Reward", "mean per rollout"),

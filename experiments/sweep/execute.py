@@ -146,8 +146,8 @@ class Slots:
     def of(jobs: int, gpus_per_run: int, gpus: int, cores: int) -> Slots:
         """The slots of a machine.
 
-        Every GPU is in one slot, unless there are more jobs of one GPU than GPUs, since small models leave most of a
-        GPU idle. Without GPUs the cores are divided evenly.
+        Every GPU is in one slot. Only if there are more jobs of one GPU than GPUs do several slots share a GPU, because
+        small models leave most of it idle. Without GPUs the cores are divided evenly.
 
         Args:
             jobs: number of slots; 0 = the number of GPUs, or of cores without GPUs.

@@ -61,8 +61,8 @@ class SweepFolder:
             ConfigError: another process holds the lock.
         """
         refusal = (
-            f"output: another sweep, or a run that a killed sweep has left, is using {self.path}; wait for it, or give "
-            "another output="
+            f"output: another sweep, or a run that a killed sweep left behind, is using {self.path}; wait for it, or "
+            "give another output="
         )
         with locked(self.path, refusal) as descriptor:
             yield descriptor
@@ -93,7 +93,7 @@ class SweepFolder:
             if before != now:
                 raise ConfigError(
                     f"{name}: {now!r} here, but {before!r} when {planned.slug} in {self.path} was started; give "
-                    "another output=, the same settings, or remove that run and its evaluations"
+                    "another output= or the same settings, or remove that run and its evaluations"
                 )
 
     def begin(self, planned: Planned) -> None:
@@ -105,11 +105,11 @@ class SweepFolder:
         write_atomically(path, json.dumps(content, indent=1) + "\n")
 
     def adopt(self, planned: Planned) -> Path | None:
-        """Copies a finished run with the same settings from a neighbouring sweep; its folder, None if there is none.
+        """Copies a finished run with the same settings from a neighboring sweep; its folder, None if there is none.
 
         Both the command line and the configuration that results from it, with all presets, must be the same. A relative
         path may mean another file in the other sweep, so a run with one is not copied. Evaluations with the same name
-        and arguments are copied as well. A run of which a file cannot be read is not copied.
+        and arguments are copied as well. A run with a file that cannot be read is not copied.
         """
         texts = [value for value in planned.keys.values() if isinstance(value, str)]
         names_places = any(os.path.exists(one) and not os.path.isabs(one) for one in texts)

@@ -95,7 +95,7 @@ class SweepConfig(Settings):
             if not FOLDER_NAME.fullmatch(str(name)):
                 raise ConfigError(f"evaluate.{name}: give it a name of letters, digits and any of _ . + -")
             for own in {"model", "model.path", "output"} & {*keys}:
-                raise ConfigError(f"evaluate.{name}.{own}: is each run's own; leave it out")
+                raise ConfigError(f"evaluate.{name}.{own}: each run has its own; leave it out")
 
     def _check_seeds(self) -> None:
         """Refuses invalid seed keys, and values that the seed would overwrite."""
@@ -106,9 +106,9 @@ class SweepConfig(Settings):
         for place, keys in places.items():
             for name in keys:
                 if name in self.seed_keys:
-                    raise ConfigError(f"{place}: {name} is one of seed_keys; give its values by seeds=")
+                    raise ConfigError(f"{place}: {name} is one of seed_keys; give its values as seeds=")
                 if name == "output":
-                    raise ConfigError(f"{place}: output is each run's own; give the sweep's by output= beside it")
+                    raise ConfigError(f"{place}: each run has its own output; give the sweep's as the key output")
 
 
 FOLDER = CONFIGS / "sweep"

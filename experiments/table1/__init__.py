@@ -28,7 +28,7 @@ class Statement:
 
     Attributes:
         algorithm: the name of its file.
-        objective: world → J, to be maximised.
+        objective: world → J, to be maximized.
         overrides: overrides of the file's settings, as on the command line.
         corrections: names of files in algorithms/corrections.
         terms: the terms that the objective covers; empty = all.

@@ -50,7 +50,7 @@ def latex(expression: Expr) -> str:
 
 
 def _stop(method: Method, style: str, gradient: str) -> str:
-    """Mask and shape without the gradient, the factors with a separate column in the paper's table."""
+    """Mask and shape without the gradient: the factors that have a column of their own in the paper's table."""
     estimator = method.part.estimator
     factors = [getattr(part.formula(), style) for part in (estimator.mask, estimator.likelihood)]
     return (" · " if style == "text" else r"\cdot ").join(

@@ -1,4 +1,4 @@
-"""Objectives of corrections, applied to the clipped objective with a constant length. Each is J, to be maximised."""
+"""Objectives of corrections, applied to the clipped objective with a constant length. Each is J, to be maximized."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def sequence_mask(w: World) -> Expr:
 
 
 def optimal_baseline(w: World) -> Expr:
-    """R minus the mean reward of the question's rollouts that are longer than t, weighted by Σ_{k≤t} w_k."""
+    """R minus the mean reward of the prompt's rollouts that are longer than t, weighted by Σ_{k≤t} w_k."""
 
     def value(row: Row, t: int) -> Expr:
         rows = [r for r in w.rollouts if r.group == row.group and len(r) > t]

@@ -1,4 +1,4 @@
-"""Objectives on demonstrations, alone and together with rollouts. Each is J, to be maximised."""
+"""Objectives on demonstrations, alone and together with rollouts. Each is J, to be maximized."""
 
 from __future__ import annotations
 
@@ -162,13 +162,13 @@ def uft(w: World) -> Expr:
 
 
 def chord_phi(w: World) -> Expr:
-    """The same with μ = 0.1 and sg[π_θ(1 - π_θ)] on each demonstration token."""
+    """As chord_mu, with μ = 0.1 and sg[π_θ(1 - π_θ)] on each demonstration token."""
     phi = expert_mean(w, lambda row, t: w.sg(row.p[t] * (1 - row.p[t])) * log(row.p[t]))
     return Rational("0.9") * _clipped(w) + Rational("0.1") * phi
 
 
 def gac(w: World) -> Expr:
-    """The same with μ."""
+    """As chord_phi, with a variable μ."""
     mu = w.variable("mu")
     phi = expert_mean(w, lambda row, t: w.sg(row.p[t] * (1 - row.p[t])) * log(row.p[t]))
     return (1 - mu) * _clipped(w) + mu * phi

@@ -1,7 +1,6 @@
-"""Objectives on rollouts: on-policy, off-policy, preference pairs. Each is J, to be maximised.
+"""Objectives on rollouts: on-policy, off-policy, preference pairs. Each is J, to be maximized.
 
-The pieces come first: groups, advantages,
-surrogates, means. Nothing here uses the algorithms' parts.
+The pieces come first: groups, advantages, surrogates, means. Nothing here uses the algorithms' parts.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""More objectives on rollouts, of methods from 2025 and 2026. Each is J, to be maximised."""
+"""More objectives on rollouts, of methods from 2025 and 2026. Each is J, to be maximized."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def _covariances(pairs: Pairs) -> list[tuple[Row, int, Expr, Expr]]:
 
 
 def clip_cov(w: World) -> Expr:
-    """Token mean of the surrogate with bounds 0 and 2, without the tokens that it leaves a gradient and 1 < cov < 5."""
+    """Token mean of the surrogate with bounds 0 and 2, without unclipped tokens with 1 < cov < 5."""
     terms = []
     for row, t, a, cov in _covariances(all_centred(w, std=True)):
         clipped = w.less(0, a) and w.less(2, row.ratios[t])

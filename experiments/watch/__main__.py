@@ -27,7 +27,7 @@ USAGE = """\
 Usage: python -m experiments.watch RUN [port=N] [every=SECONDS] [--no-serve]
 
 Prints the metrics of a run as it writes them, and serves its report at an address of this machine that no other
-machine can reach. The page is made anew when the run has written something, and a browser reloads it by itself.
+machine can reach. The page follows the run's files, and a browser reloads it automatically.
 RUN is the folder of a run, which may be running or have ended. Ctrl-C ends the watch and leaves the run alone; with
 --no-serve the watch also ends with the run.
 """
@@ -40,7 +40,7 @@ class WatchConfig(Settings):
     """How a run is watched."""
 
     port: int = key(0, "port of the report's address; 0 = a free one", minimum=0, maximum=65535)
-    every: float = key(2.0, "seconds between two looks at the run's files", above=0, maximum=3600)
+    every: float = key(2.0, "seconds between two reads of the run's files", above=0, maximum=3600)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -94,7 +94,7 @@ def _run(folder: Path) -> Run:
 
 
 def _printed(run: Run, every: float, console: Console, address: str) -> None:
-    """A line for each step, for output that is no terminal."""
+    """Prints a line for each step, where the output is not a terminal."""
     if address:
         console.print(f"report: {address}", soft_wrap=True)
     widths = [6, *(max(9, len(title)) for title in COLUMNS)]
@@ -116,7 +116,7 @@ def _printed(run: Run, every: float, console: Console, address: str) -> None:
 
 
 def _live(run: Run, every: float, console: Console, address: str) -> None:
-    """The last steps in a table that is drawn again and again."""
+    """Shows the last steps in a table that is redrawn."""
     with Live(console=console, auto_refresh=False) as live:
         while True:
             ending = run.ending

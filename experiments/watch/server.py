@@ -17,7 +17,7 @@ REFRESH = 30
 
 
 class Report:
-    """The report's page, made again when the run has written something since."""
+    """The report's page, rebuilt when the run has written something since."""
 
     _FILES = ("metrics.jsonl", "evaluations.jsonl", "alarms.jsonl", "run.json")
 
@@ -45,7 +45,7 @@ def _changed(path: Path) -> float:
 
 @contextlib.contextmanager
 def serving(folder: Path, port: int) -> Iterator[str]:
-    """Serves the report in the block; gives its address. `port` 0 = a free one.
+    """Serves the report in the block and yields its address. `port` 0 = a free one.
 
     Raises:
         ConfigError: the port is in use or may not be used.

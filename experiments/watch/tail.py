@@ -25,7 +25,7 @@ COLUMNS = {
 class Tail:
     """The lines of a JSON Lines file that have been added since the last look.
 
-    A run that continues from a checkpoint replaces the file by a shorter one, which is read anew.
+    A run that continues from a checkpoint replaces the file by a shorter one, which is read from its beginning.
     """
 
     def __init__(self, path: Path) -> None:
@@ -120,7 +120,7 @@ def cells(line: Mapping[str, Any]) -> list[str]:
 
 
 def duration(seconds: float) -> str:
-    """A time such as '12 min', of two digits at least."""
+    """A time such as '12 min', in the largest unit of which it has at least two."""
     for unit, size in (("h", 3600), ("min", 60)):
         if seconds >= 2 * size:
             return f"{seconds / size:.0f} {unit}"

@@ -122,7 +122,7 @@ def test_too_little_main_memory_to_resume_is_a_note(monkeypatch):
     composed = compose(model)
     (note,) = [n for n in outlook(composed, planned(composed.config.hardware)).notes if "main memory" in n]
     assert "has 1.0 GiB of main memory, and 17.3 GiB are needed" in note
-    assert "reads its part of a checkpoint. The run may be killed then; take more machines" in note
+    assert "reads its part of a checkpoint. The run may be killed; take more machines" in note
     composed = compose([*model, "deepspeed.offload=all"])
     (note,) = [n for n in outlook(composed, planned(composed.config.hardware)).notes if "main memory" in n]
     assert "what deepspeed.offload=all keeps" in note and "set deepspeed.offload=none, or take more machines" in note

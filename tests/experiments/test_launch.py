@@ -96,7 +96,7 @@ def test_a_model_that_fits_on_one_only_gets_a_note(eight_gpus: None) -> None:
 
 def test_a_model_that_fits_nowhere_gets_the_planners_message(eight_gpus: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(ConfigError, match="beside 71.1 GiB of weights, gradients and AdamW; take more GPUs"):
+    with pytest.raises(ConfigError, match="weights, gradients and AdamW take 71.1 GiB; take more GPUs"):
         launch.check_gpus(composed("model=llama-3.1-8b"), [])
 
 

@@ -108,8 +108,8 @@ def test_rounding_errors_and_comparisons_of_one_term_are_not_drawn():
     [
         ("sft", {"plot-loss": "demonstrations are memorized"}, {"plot-demonstrations"}),
         ("grpo", {"plot-pass-rate": "group-relative", "plot-loss": "Only its gradient"}, {"plot-demonstrations"}),
-        ("ppo", {"plot-pass-rate": "leaves out everything but success", "plot-masked": "trust region"}, set()),
-        ("hpt", {"plot-demonstrations": "How often the gate", "plot-advantage": "groups are centred"}, set()),
+        ("ppo", {"plot-pass-rate": "counts success alone", "plot-masked": "trust region"}, set()),
+        ("hpt", {"plot-demonstrations": "How often the gate", "plot-advantage": "groups are centered"}, set()),
         ("luffy", {"plot-demonstrations": "No gate chooses"}, set()),
         ("sft_then_grpo", {"plot-demonstrations": "No gate chooses", "plot-loss": "Only its gradient"}, set()),
     ],

@@ -217,7 +217,7 @@ LINES: dict[str, list[tuple[str | list[str], ...]]] = {
         (["data=mixture", "data.sets={a: {_target_: os.getpid}}"], "data.sets.a._target_: 'os.getpid' belongs to os"),
         (["data=mixture", "data.weights={a: 1}"], "data.weights.a: no such set"),
         # The folder.
-        ("output=a[b", "output: found 'a[b', whose character '['"),
+        ("output=a[b", "output: found 'a[b', but a folder's name must not contain '['"),
         ("output=a*", "output: found 'a*'"),
         ("output=a?b", "output: found 'a?b'"),
         (["output=a\nb"], "output: found 'a\\nb'"),

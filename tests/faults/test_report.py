@@ -149,7 +149,7 @@ def test_a_report_that_fails_is_one_line(tmp_path, capsys, monkeypatch):
     said: list[str] = []
     train._finish(folder, Ending(0, "done"), said.append)
     assert said[0] == (
-        f"report: failed (RuntimeError: no font); python -m experiments.report {folder} makes it again"
+        f"report: failed (RuntimeError: no font); python -m experiments.report {folder} tries again"
     ) and said[1].startswith("model:")
 
 

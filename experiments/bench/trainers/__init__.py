@@ -206,7 +206,7 @@ class StepControl:
         self._wait()
 
     def _wait(self) -> None:
-        """Obeys commands up to one that starts a step."""
+        """Carries out commands until one starts a step."""
         while (command := self._connection.receive() or {"do": "stop"})["do"] == "evaluate":
             self._connection.send(self._evaluate())
         if command["do"] == "stop":

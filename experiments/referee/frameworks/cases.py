@@ -12,7 +12,7 @@ from experiments.referee.protocol import LAYOUTS, LIMIT, Case, Layout
 Known = tuple[str, tuple[str, ...]]
 GRPO: Known = ("grpo", ())
 DR_GRPO: Known = ("dr_grpo", (f"terms.rl.reduction.length={LIMIT}",))
-#: Without the length penalty, which the frameworks have as a reward of its own.
+#: Without the length penalty, which is a separate reward in the frameworks.
 DAPO: Known = ("dapo", ("terms.rl.estimator.advantage={_target_: upge.GroupRelative}",))
 CISPO: Known = ("cispo", ())
 SAPO: Known = ("sapo", ())

@@ -56,7 +56,7 @@ def _trainer() -> Any:
 
 
 def called(case: Case) -> str:
-    """The function that the numbers are of."""
+    """The name of the judged function."""
     return "swift.rlhf_trainers.grpo_trainer.GRPOTrainer.training_step"
 
 

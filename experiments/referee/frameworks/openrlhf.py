@@ -36,7 +36,7 @@ def cases() -> list[Case]:
 
 
 def called(case: Case) -> str:
-    """The function that the numbers are of."""
+    """The name of the judged function."""
     return f"openrlhf.models.loss.{case.settings['loss']}.forward"
 
 

@@ -47,7 +47,7 @@ def _grpo(loss_type: str, level: str = "token", **clip: float) -> dict[str, Any]
 
 
 def called(case: Case) -> str:
-    """The function that the numbers are of."""
+    """The name of the judged function."""
     name = "sft_trainer.SFTTrainer" if "sft" in case.settings else "grpo_trainer.GRPOTrainer"
     return f"trl.trainer.{name}.training_step"
 

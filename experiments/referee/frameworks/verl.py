@@ -64,7 +64,7 @@ def _has_actor() -> bool:
 
 
 def called(case: Case) -> str:
-    """The function that the numbers are of."""
+    """The name of the judged function."""
     if _has_actor():
         return "verl.workers.actor.dp_actor.DataParallelPPOActor.update_policy"
     return f"verl.trainer.ppo.core_algos.get_policy_loss_fn({case.settings['loss_mode']!r})"
@@ -72,7 +72,7 @@ def called(case: Case) -> str:
 
 def update(case: Case) -> Update:
     """The forward and backward passes of a process."""
-    # Asked for by versions that know no other device, and by a decorator that logs memory.
+    # Versions that know only CUDA call the first, and a decorator that logs memory calls the others.
     torch.cuda.current_device = lambda: "cpu"
     for name, value in (("memory_allocated", 0), ("memory_reserved", 0), ("mem_get_info", (0, 0))):
         setattr(torch.cpu, name, lambda *arguments, value=value: value)

@@ -146,7 +146,7 @@ def test_pairs_are_counted_before_a_run(tmp_path, monkeypatch):
     prepared = prepare(compose(["algo=dpo", *arguments]))
     assert [e.problem.prompt for e in prepared.train] == ["1+1=?", "3+1=?"]
     assert prepared.notes == (
-        "training: 1 preference pairs dropped, one side exceeds rollout.max_response_tokens",
+        "training: 1 preference pairs dropped: one side longer than rollout.max_response_tokens",
         "2 training problems have a preference pair within the limit",
     )
     others = prepare(compose(["algo=hpt", *arguments]))

@@ -66,7 +66,7 @@ def test_values_are_checked():
         settings("float32", world(3), secondary)
     for arguments in (["algo=ppo"], ["algo=grpo", "correction=kl_k3"]):
         setting = "deepspeed.config.zero_optimization.zero_hpz_partition_size=2"
-        with pytest.raises(ConfigError, match="zero_hpz_partition_size: DeepSpeed supports it for one model"):
+        with pytest.raises(ConfigError, match="zero_hpz_partition_size: DeepSpeed supports it for only one model"):
             check_secondary_partition(compose([*arguments, setting]))
         check_secondary_partition(compose(arguments))
         check_secondary_partition(compose(["algo=grpo", setting]))
