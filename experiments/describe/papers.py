@@ -20,13 +20,13 @@ paper. Methods that need a teacher take `teacher.path=MODEL`, or `teacher.self=t
 """
 _MISSING = """\
 
-## Not here
+## Not implemented
 
 | method | why |
 |---|---|
-| DYPO (arXiv 2604.08926) | its term GAL was not found written out |
-| GAC (arXiv 2605.26184) | its learned share of the two gradients was not found written out |
-| SRPO (arXiv 2604.02288) | how its two losses are averaged was not found written out |
+| DYPO (arXiv 2604.08926) | we found no complete definition of its term GAL |
+| GAC (arXiv 2605.26184), in part | we found no rule for its adaptive α; `algo=gac` uses a constant |
+| SRPO (arXiv 2604.02288) | we found no description of how its two losses are averaged |
 """
 
 
