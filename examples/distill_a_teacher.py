@@ -48,8 +48,8 @@ def train(name, settings):
 # %% [markdown]
 # ## The teacher
 #
-# The problems have differences as well as sums, which the small model has learned badly. The teacher is the small
-# model after supervised fine-tuning on worked solutions of other such problems: another `data.seed`.
+# The problems mix sums and differences, which the small model solves poorly. The teacher is the small model after
+# supervised fine-tuning on worked solutions of other problems of this kind (another `data.seed`).
 
 # %%
 TEACHING = "algo=sft steps=60 prompts_per_step=48 data.train_size=4000 data.seed=100 eval.every=60"
@@ -59,10 +59,10 @@ print(f"solved of the evaluation problems: small model {before:.0%}, teacher {te
 # %% [markdown]
 # ## Two students
 #
-# Both start from the small model and see the same prompts. Rewards are recorded, and none reaches the gradient.
+# Both start from the small model and use the same prompts. Rewards are recorded but do not affect the gradient.
 # `distill/advantage_mean` in `metrics.jsonl` is minus a divergence to the teacher, per token in nats: for `opd` the
 # reverse KL, estimated from the sampled tokens, for `gkd` the policy's part of the Jensen-Shannon divergence,
-# KL(π_θ‖m)/2 with m the mean of ν and π_θ. The second is smaller by nature, so compare each with its own beginning.
+# KL(π_θ‖m)/2 with m the mean of ν and π_θ. The second is always smaller, so compare each only with its own start.
 
 # %%
 STEPS = 16
@@ -76,8 +76,8 @@ for algorithm in ("opd", "gkd"):
     print("divergence {:.4f} in the first four steps, {:.4f} in the last four".format(*divergences[algorithm]))
 
 # %% [markdown]
-# `gkd` usually learns faster: the whole vocabulary says where the probability should go, while the sampled token only
-# says whether it was a good one. One short run is no comparison; `docs/results.md` has one with five seeds.
+# `gkd` usually learns faster: the whole vocabulary shows where the probability should go, while a sampled token only
+# shows whether it was a good choice. One short run is not a comparison; `docs/results.md` has one with five seeds.
 #
 # ## What the teacher objects to
 #
@@ -103,5 +103,5 @@ print(f"figure: {FOLDER / 'objections.png'}")
 
 # %% [markdown]
 # **What to try.** `algo.terms.distill.estimator.advantage.beta=0.9` of `gkd` moves the divergence towards the reverse
-# KL, and `"algo.terms.distill.support={_target_: upge.TopK, k: 8, of: teacher}"` looks at the teacher's eight
+# KL, and `"algo.terms.distill.support={_target_: upge.TopK, k: 8, of: teacher}"` uses only the teacher's eight
 # likeliest tokens. See `docs/distillation.md`.

@@ -7,7 +7,7 @@
 #
 # | the ratio of the weights | factor that differs |
 # |---|---|
-# | is the same on all tokens | none; the learning rate makes up for it |
+# | is the same on all tokens | none; the learning rate compensates for it |
 # | follows the length of the response | w, the average |
 # | follows the spread of the rewards in the group | Â |
 # | is 1/(π_θ/π_old) of the token | 1/π_ref |
@@ -22,8 +22,8 @@ import upge
 # %% [markdown]
 # ## A batch that tells the factors apart
 #
-# Responses of different lengths, groups with different rewards, and log-probs that have moved since the rollouts were
-# sampled, some of them out of the clip range. Any batch of your framework with these properties will do.
+# The batch has responses of different lengths, groups with different rewards, and log-probs that have moved since the
+# rollouts were sampled, some of them out of the clip range. Any batch of your framework with these properties works.
 
 # %%
 torch.manual_seed(0)
@@ -90,8 +90,8 @@ def clip_without_minimum(logprobs):
 # %% [markdown]
 # ## The verdict
 #
-# `weights` takes the derivative. `verdict` looks at the tokens that both losses move: the ratio there must be
-# constant after it has been divided by what explains it.
+# `weights` takes the derivative. `verdict` uses the tokens that both losses move, and names the explanation by which
+# the ratio must be divided to become constant on them.
 
 
 # %%
@@ -144,7 +144,7 @@ for loss in (paper, sum_over_group, mean_over_all_tokens, no_standard_deviation,
 
 # %% [markdown]
 # A difference need not be an error: `mean_over_all_tokens` is DAPO's average, and `no_standard_deviation` is half of
-# Dr. GRPO. But under the name GRPO it makes two frameworks train differently, and a comparison of their results then
+# Dr. GRPO. But if two frameworks call different losses GRPO, they train differently, and a comparison of their results
 # compares these choices.
 #
 # `python -m experiments.referee loss=FILE.py:FUNCTION algo=grpo` judges a loss function in the same way. It also cuts

@@ -5,8 +5,8 @@
 #
 #     grad = Σ_trajectories Σ_tokens  w · 1_stable · (1/π_ref) · Â · ∇π_θ,    ∇π_θ = π_θ ∇log π_θ
 #
-# This example builds SFT and GRPO from the four factors, prints the factors of each token, and compares the result
-# with autograd through the losses as their papers write them. The policy is a table of random logits in float64.
+# This example builds SFT and GRPO from the four factors, prints the factors of each token, and compares the result with
+# autograd through the losses as written in the papers. The policy is a table of random logits in float64.
 
 # %%
 import torch
@@ -78,7 +78,7 @@ def grpo_loss(logprobs):
 # ## Side by side
 #
 # `weight` is the product of the four columns before it. `textbook` is minus the derivative of the paper's loss with
-# respect to log π_θ of the token. A masked token has the ratio in `π_θ/π_ref`, and its weight is 0.
+# respect to log π_θ of the token. A masked token still has its ratio in `π_θ/π_ref`, but its weight is 0.
 
 
 # %%
@@ -110,6 +110,5 @@ for name, textbook in {"SFT": sft_loss, "GRPO": grpo_loss}.items():
     print(f"largest difference of the gradients with respect to the logits: {difference:.1e}\n")
 
 # %% [markdown]
-# **What to try.** Give `sft` the advantage `upge.GroupRelative()`, or `grpo` the denominator
-# `upge.UnitDenominator()`: any combination is an algorithm. `python -m experiments.describe` lists the factors of all
-# that are shipped.
+# **What to try.** Give `sft` the advantage `upge.GroupRelative()`, or `grpo` the denominator `upge.UnitDenominator()`:
+# any combination is an algorithm. `python -m experiments.describe` lists the factors of all shipped algorithms.

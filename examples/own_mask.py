@@ -2,8 +2,8 @@
 # # A mask of your own, its bias and its variance
 #
 # A mask decides which tokens may move. It usually removes the tokens with extreme importance ratios, which lowers the
-# variance of the gradient, and it adds bias, because what it removes is missing in the average. On a policy with few
-# responses both can be computed without sampling: `upge.theory` sums over every group of rollouts that can be drawn.
+# variance of the gradient but adds bias, because the removed tokens are missing from the average. For a policy with few
+# possible responses, both can be computed without sampling: `upge.theory` sums over every possible group of rollouts.
 
 # %%
 from dataclasses import dataclass
@@ -47,10 +47,10 @@ print("Band follows the rules of a part.")
 # %% [markdown]
 # ## The setting
 #
-# A policy with 15 responses of one to three tokens, and rollouts in groups of n = 3 from the policy of some updates
-# ago. The algorithm is `dr_grpo`; `wrap` replaces the part in one slot. On-policy and without a mask, its expected
-# gradient is (n - 1)/n · 1/1024 · ∇E[R], because a rollout is part of its own baseline and the length is a constant.
-# `scale` is this known factor.
+# The policy has 15 possible responses of one to three tokens. Rollouts come in groups of n = 3 from a behavior policy
+# that is some updates old. The algorithm is `dr_grpo`; `wrap` replaces the part in one slot. On-policy and without a
+# mask, its expected gradient is (n - 1)/n · 1/1024 · ∇E[R], because a rollout is part of its own baseline and the
+# divisor is a constant length of 1024. `scale` is this known factor.
 
 # %%
 policy = SoftmaxPolicy.random(vocabulary=3, horizon=3, seed=0)
@@ -67,8 +67,8 @@ def measure(mask):
 # ## Bias and variance
 #
 # All numbers are relative to the length of ∇E[R]. `bias` is the distance of the expected gradient from ∇E[R], and
-# `cosine` is between the two. `deviation` is the standard deviation of the gradient of one group. A batch of k groups
-# has the same bias, and its deviation is smaller by √k; `error` is √(bias² + deviation²/k).
+# `cosine` is the cosine between the two. `deviation` is the standard deviation of the gradient of one group. A batch of
+# k groups has the same bias, and its deviation is smaller by √k; `error` is √(bias² + deviation²/k).
 
 # %%
 masks = {
@@ -95,9 +95,9 @@ for name, report in reports.items():
     print(f"{name:9}  {numbers}  {error(name, 10):18.3f}  {error(name, 1000):7.3f}")
 
 # %% [markdown]
-# Without a mask the gradient is also biased, because the ratio of a token leaves out those of the other tokens of its
-# response. Each mask lowers the variance and adds bias. So none of them is best: a small batch gains from a mask, and
-# a large one, which averages the noise out, loses by it.
+# Even without a mask the gradient is biased, because a token's ratio leaves out the ratios of the other tokens of its
+# response. Each mask lowers the variance and adds bias, so none of them is always best: a small batch gains from a
+# mask, and a large one, which averages out the noise, loses.
 
 # %%
 sizes = [2**k for k in range(14)]

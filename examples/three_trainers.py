@@ -1,7 +1,7 @@
 # %% [markdown]
 # # One loss in three trainers
 #
-# upge is a library: sampling, verification, model and optimizer can be those of another trainer. This example takes
+# upge is also a library: sampling, verification, model and optimizer can come from another trainer. This example takes
 # one step of GRPO in a plain PyTorch loop, in a transformers `Trainer` and in TRL's `GRPOTrainer`, and compares the
 # steps. The model is the small one of the repository.
 
@@ -40,9 +40,9 @@ def correct(completions, answer, **columns):
 # %% [markdown]
 # ## A plain loop
 #
-# `plan` computes everything that depends on the whole batch: advantages, gates and divisors. `plan.estimate` then
-# gives the loss of each micro-batch. The losses add up to that of the batch, whatever the split. `plain_step` works
-# on any rollouts, so it is the reference for the two trainers.
+# `plan` computes everything that depends on the whole batch: advantages, gates and divisors. `plan.estimate` then gives
+# the loss of each micro-batch. The losses add up to that of the batch, whatever the split. `plain_step` takes any
+# rollouts, so it is the reference for the two trainers.
 
 
 # %%

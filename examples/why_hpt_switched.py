@@ -1,10 +1,10 @@
 # %% [markdown]
 # # Why HPT switched on each prompt
 #
-# HPT looks at the pass rate P of the model's own rollouts, prompt by prompt. If more than a share γ of them succeed,
-# the model learns from the rollouts (`rl`). Else it learns from a demonstration (`sft`). This example makes a short
-# run and then answers three questions from its files: which source did each prompt learn from, was there anything to
-# learn, and how does the gradient of a step divide between the two terms?
+# For each prompt, HPT computes the pass rate P of the model's own rollouts. If P is above a threshold γ, the model
+# learns from the rollouts (`rl`), otherwise from a demonstration (`sft`). This example makes a short run and then
+# answers three questions from its files: which source did each prompt learn from, was there anything to learn, and how
+# does the gradient of a step divide between the two terms?
 
 # %%
 import json
@@ -19,7 +19,7 @@ import matplotlib.pyplot as plt
 # ## The run
 #
 # Four steps of eight prompts with eight rollouts each. `log_rollouts=1` keeps the responses of every step, and
-# `diagnose.gradients_every=1` measures the gradient of each term. It takes about a quarter of a minute.
+# `diagnose.gradients_every=1` measures the gradient of each term. The run takes about 15 seconds.
 
 # %%
 RUN = Path("runs/examples/why_hpt_switched")
@@ -51,8 +51,8 @@ def lines(path):
 #
 # `rollouts/step_*.jsonl` has the responses with their rewards, from which the pass rate and the gate follow.
 # `prompts.jsonl` has what the run itself recorded: the source that the gate chose, and the source that contributes to
-# the gradient. The two differ where all rollouts of an open gate got the same reward: then every advantage is 0, and
-# the prompt has learned from `nothing`.
+# the gradient. The two differ if the gate chose the rollouts and all of them got the same reward: then every advantage
+# is 0, and the prompt learned from `nothing`.
 
 # %%
 THRESHOLD = 0.0  # γ, the default of algo=hpt
@@ -79,8 +79,8 @@ print(f"the gate computed from the rollouts is the recorded one for {agree} of {
 # %% [markdown]
 # ## A failing prompt
 #
-# What the model wrote, and the demonstration that it learned instead. `tokens/step_*.jsonl` has the trajectories with
-# the largest token weights of each term; for the term `sft` they are demonstrations.
+# This cell prints what the model wrote, and the demonstration that it learned from instead. `tokens/step_*.jsonl` has
+# the trajectories with the largest token weights of each term; for the term `sft` they are demonstrations.
 
 # %%
 demonstration = next(line for line in lines(RUN / "tokens" / "step_000001.jsonl") if line["term"] == "sft")
@@ -108,10 +108,10 @@ for line in metrics:
     print(row)
 
 # %% [markdown]
-# The demonstrations of a few prompts have a gradient ten times as long as that of all rollouts, or longer, although
-# they have fewer tokens. Every token of a demonstration has the weight 1. The advantages of a group add up to 0, and
-# `algo=hpt` divides the sum over a rollout's tokens by the response limit of 64 tokens. So what the gate decides
-# about these prompts decides most of the step.
+# The gradient of the demonstrations of a few prompts is at least ten times as long as that of all rollouts, although
+# the demonstrations have fewer tokens. Every token of a demonstration has a relative weight of 1. The advantages of a
+# group add up to 0, and `algo=hpt` divides the sum over a rollout's tokens by the response limit of 64 tokens. So the
+# gate's choice for these few prompts determines most of the step.
 
 # %%
 figure, axes = plt.subplots(figsize=(7, 3.5), layout="constrained")
@@ -128,5 +128,5 @@ figure.savefig(RUN / "switches.png", dpi=120)
 print(f"figure: {RUN / 'switches.png'}; the whole report: {RUN / 'report.html'}")
 
 # %% [markdown]
-# **What to try.** `algo.terms.sft.gate.threshold=0.25` hands more prompts to demonstrations, and
+# **What to try.** With `algo.terms.sft.gate.threshold=0.25` more prompts learn from demonstrations, and
 # `data_policy.demonstrated_prompts=60` leaves most prompts without one, so that some learn nothing.

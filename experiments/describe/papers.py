@@ -20,13 +20,13 @@ paper. Methods that need a teacher take `teacher.path=MODEL`, or `teacher.self=t
 """
 _MISSING = """\
 
-## Not here
+## Not implemented
 
 | method | why |
 |---|---|
-| DYPO (arXiv 2604.08926) | no full formula of its term GAL was found |
-| GAC (arXiv 2605.26184) | no full formula of its learned share of the two gradients was found |
-| SRPO (arXiv 2604.02288) | no statement of how its two losses are averaged was found |
+| DYPO (arXiv 2604.08926) | we found no complete definition of its term GAL |
+| GAC (arXiv 2605.26184), in part | we found no rule for its adaptive α; `algo=gac` uses a constant |
+| SRPO (arXiv 2604.02288) | we found no description of how its two losses are averaged |
 """
 
 
