@@ -54,11 +54,59 @@ class AlarmConfig(Settings):
     )
 
 
-def _truncated(metrics: Metrics, limits: AlarmConfig) -> str | None:
-    share = metrics.get("response_cut_share")
-    if share is None or share <= limits.truncated:
-        return None
-    return f"{share:.0%} of the responses were cut off; raise rollout.max_response_tokens, or check the stop tokens"
+@dataclass(frozen=True)
+class _Above:
+    """Finds a problem where a metric exceeds the field `limit` of `AlarmConfig`.
+
+    Attributes:
+        text: the problem, a format of the metric's value.
+    """
+
+    metric: str
+    limit: str
+    text: str
+
+    def __call__(self, metrics: Metrics, limits: AlarmConfig) -> str | None:
+        value = metrics.get(self.metric)
+        return None if value is None or value <= getattr(limits, self.limit) else self.text.format(value)
+
+
+_THRESHOLDS = (
+    _Above(
+        "response_cut_share",
+        "truncated",
+        "{:.0%} of the responses were cut off; raise rollout.max_response_tokens, or check the stop tokens",
+    ),
+    _Above(
+        "same_answer_share",
+        "same_answer",
+        "{:.0%} of the rollouts give the same answer to different prompts; look at rollouts/ and the verifier",
+    ),
+    _Above(
+        "verify/failed_share",
+        "verifier_errors",
+        "{:.0%} of the rollouts got no verdict and therefore the smallest reward; see `status` in rollouts/, and "
+        "verify.time_limit",
+    ),
+    _Above(
+        "demonstrations_dropped_share",
+        "demonstrations_dropped",
+        "{:.0%} of the prompts lost their demonstrations to rollout.max_response_tokens; raise it, or set "
+        "data_policy.overlong_demonstrations=truncate",
+    ),
+    _Above(
+        "demonstrations_cut_share",
+        "demonstrations_cut",
+        "{:.0%} of the demonstrations end without a stop token, so the policy does not learn to stop; raise "
+        "rollout.max_response_tokens, or check what cut them off",
+    ),
+    _Above(
+        "gradient/split_error",
+        "gradient_split",
+        "smaller micro-batches change the gradient by {:.0%} of its norm, but an update must not depend on "
+        "optimizer.micro_batch_tokens; run `upge doctor`, and report this as a bug",
+    ),
+)
 
 
 def _no_signal(metrics: Metrics, limits: AlarmConfig) -> str | None:
@@ -85,51 +133,6 @@ def _entropy(metrics: Metrics, limits: AlarmConfig) -> str | None:
     if entropy is None or entropy >= limits.entropy:
         return None
     return f"the entropy is {entropy:.2g} nats: sampling hardly explores; lower optimizer.lr, or add correction=entropy"
-
-
-def _same_answer(metrics: Metrics, limits: AlarmConfig) -> str | None:
-    share = metrics.get("same_answer_share")
-    if share is None or share <= limits.same_answer:
-        return None
-    return f"{share:.0%} of the rollouts give the same answer to different prompts; look at rollouts/ and the verifier"
-
-
-def _verifier_errors(metrics: Metrics, limits: AlarmConfig) -> str | None:
-    share = metrics.get("verify/failed_share")
-    if share is None or share <= limits.verifier_errors:
-        return None
-    what = f"{share:.0%} of the rollouts got no verdict and therefore the smallest reward"
-    return f"{what}; see `status` in rollouts/, and verify.time_limit"
-
-
-def _demonstrations_dropped(metrics: Metrics, limits: AlarmConfig) -> str | None:
-    share = metrics.get("demonstrations_dropped_share")
-    if share is None or share <= limits.demonstrations_dropped:
-        return None
-    return (
-        f"{share:.0%} of the prompts lost their demonstrations to rollout.max_response_tokens; raise it, or set "
-        "data_policy.overlong_demonstrations=truncate"
-    )
-
-
-def _demonstrations_cut(metrics: Metrics, limits: AlarmConfig) -> str | None:
-    share = metrics.get("demonstrations_cut_share")
-    if share is None or share <= limits.demonstrations_cut:
-        return None
-    return (
-        f"{share:.0%} of the demonstrations end without a stop token, so the policy does not learn to stop; raise "
-        "rollout.max_response_tokens, or check what cut them off"
-    )
-
-
-def _gradient_split(metrics: Metrics, limits: AlarmConfig) -> str | None:
-    error = metrics.get("gradient/split_error")
-    if error is None or error <= limits.gradient_split:
-        return None
-    return (
-        f"smaller micro-batches change the gradient by {error:.0%} of its norm, but an update must not depend on "
-        "optimizer.micro_batch_tokens; run `upge doctor`, and report this as a bug"
-    )
 
 
 def _extreme_ratios(metrics: Metrics, limits: AlarmConfig) -> str | None:
@@ -167,15 +170,10 @@ def _effective_samples(metrics: Metrics, limits: AlarmConfig) -> str | None:
 
 #: Name → the function that finds the problem. The names are those of `AlarmConfig` and of `stop.alarms`.
 ALARMS: dict[str, Callable[[Metrics, AlarmConfig], str | None]] = {
-    "truncated": _truncated,
+    **{one.limit: one for one in _THRESHOLDS},
     "no_signal": _no_signal,
     "sampler_drift": _sampler_drift,
     "entropy": _entropy,
-    "same_answer": _same_answer,
-    "verifier_errors": _verifier_errors,
-    "demonstrations_dropped": _demonstrations_dropped,
-    "demonstrations_cut": _demonstrations_cut,
-    "gradient_split": _gradient_split,
     "extreme_ratios": _extreme_ratios,
     "effective_samples": _effective_samples,
 }
