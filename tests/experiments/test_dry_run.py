@@ -177,7 +177,7 @@ REFUSALS = {
     ),
     "no room beside the states": (
         ["recipe=hpt-qwen2.5-math-7b", "rollout.memory_fraction=0.9"],
-        ["rollout.memory_fraction: 0.9", "beside 19.9 GiB", "0.74 or less"],
+        ["rollout.memory_fraction: 0.9", "AdamW take 19.9 GiB", "0.74 or less"],
     ),
     "no room for either": (
         ["recipe=hpt-qwen2.5-math-7b", "rollout.memory_fraction=0.4", "hardware.memory=30"],
