@@ -147,7 +147,7 @@ def test_a_checkpoint_that_does_not_exist(whole, tmp_path):
     folder = RunFolder(interrupted(whole, tmp_path / "run", step=2))
     assert folder.resume_step("step_000001") == 1 and folder.resume_step("auto") == 2
     message = refused(*STEPS, "resume=step_000007", f"output={folder.path}")
-    assert "'step_000007', which is no checkpoint" in message and "step_000001, step_000002" in message
+    assert "'step_000007', which is not a checkpoint" in message and "step_000001, step_000002" in message
     assert "give auto, never" in refused(*STEPS, "resume=always", f"output={folder.path}")
 
 

@@ -43,7 +43,7 @@ def checkpoint_activations(network: PreTrainedModel, mode: Checkpointing, has_ad
         arguments["context_fn"] = partial(_contexts, policy)
     network.gradient_checkpointing_enable(gradient_checkpointing_kwargs=arguments)
     if has_adapters:
-        # With adapters, transformers asks for gradients of the embedded tokens, which only re-entrant checkpoints need.
+        # With adapters, transformers enables gradients of the embedded tokens, which only re-entrant checkpoints need.
         network.disable_input_require_grads()
     network.config.use_cache = False
 

@@ -39,7 +39,7 @@ def quarters(
     """The quarter of the response that each token is in, from 0: ⌊4·t/|τ|⌋ for the t-th token, t from 0.
 
     Args:
-        row, column: of each token, its trajectory among `trajectories` and its index t in the response.
+        row, column: for each token, its trajectory among `trajectories` and its index t in the response.
     """
     rows, place = row.unique(return_inverse=True)
     lengths = torch.tensor([max(len(trajectories[r].response_ids), 1) for r in rows.tolist()], dtype=torch.long)

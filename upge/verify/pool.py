@@ -31,7 +31,7 @@ from upge.verify.processes import Settings, Task
 from upge.verify.reward import Reward, names, terms
 
 _MORE = frozenset(ARGUMENTS) - {"response", "answer", "prompt"}
-"""Arguments that a worker gets only if the verifier asks for them."""
+"""Arguments that a worker gets only if the verifier takes them by name."""
 
 
 @dataclass(frozen=True, eq=False)
