@@ -77,7 +77,8 @@ def main() -> int:
     if name == "__complete":
         # The shell's completion calls this at each press of Tab. `words` imports this module, as the commands do.
         words = importlib.import_module("experiments.completion.words")
-        print("\n".join(words.candidates(arguments[0] if arguments else "")))
+        for word in words.candidates(arguments[0] if arguments else ""):
+            print(word)
         return DONE
     if name not in COMMANDS:
         from upge.errors import nearest

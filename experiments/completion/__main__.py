@@ -37,7 +37,7 @@ ZSH = """\
 _upge() {
     local -a words_found open done_words
     local word=${words[CURRENT]}
-    words_found=("${(@f)$(upge __complete "${LBUFFER}" 2>/dev/null)}")
+    words_found=(${(f)"$(upge __complete "${LBUFFER}" 2>/dev/null)"})
     open=(${(M)words_found:#*[=.,]})
     done_words=(${words_found:#*[=.,]})
     (( ${#open} )) && compadd -Q -S '' -a open

@@ -18,12 +18,14 @@ def keys() -> dict[str, dict[str, Any]]:
     from experiments.evaluate.prepare import EvaluateConfig
     from experiments.keys import data_keys
     from experiments.push.__main__ import PushConfig
+    from experiments.run.faults import FAULTS
     from experiments.sweep.settings import SweepConfig
     from experiments.watch.__main__ import WatchConfig
     from upge.config import settings
     from upge.evaluation.suite import BenchmarkConfig
     from upge.train.alarms import ALARMS
-    from upge.train.config import RunConfig
+    from upge.train.config import LOG_TO, RunConfig
+    from upge.train.faults import NONE
 
     run = {one.name: [*one.values] for one in settings(RunConfig)}
     run |= {
@@ -31,6 +33,8 @@ def keys() -> dict[str, dict[str, Any]]:
         "correction": [],
         "model": [],
         "gpus": [],
+        "fault": [NONE, *FAULTS],
+        "log_to": [*LOG_TO],
         "stop.alarms": sorted(ALARMS),
         "resume": ["auto", "never"],
     }

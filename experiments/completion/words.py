@@ -90,9 +90,15 @@ def _names(command: str, given: Sequence[str]) -> Iterator[str]:
 
 def _parts(chosen: dict[str, str]) -> Iterator[tuple[str, Any]]:
     """(key, value) of every setting in the chosen algorithm's file and in those of the corrections."""
-    yield from _leaves(FOLDERS["algo"] / f"{chosen.get('algo') or 'hpt'}.yaml", "algo")
+    yield from _leaves(_file("algo", chosen.get("algo") or "hpt"), "algo")
     for name in filter(None, re.split(r"[\[\], ]", chosen.get("correction", ""))):
-        yield from _leaves(FOLDERS["correction"] / f"{name}.yaml", f"correction.{name}")
+        path = _file("correction", name)
+        yield from _leaves(path, f"correction.{path.stem}")
+
+
+def _file(group: str, name: str) -> Path:
+    """The file of a name; a name may also be the path of a file."""
+    return Path(name).expanduser() if name.endswith((".yaml", ".yml")) else FOLDERS[group] / f"{name}.yaml"
 
 
 def _leaves(path: Path, above: str) -> Iterator[tuple[str, Any]]:

@@ -51,12 +51,26 @@ def test_the_list_of_keys_is_the_generated_one() -> None:
         ("upge bench he", {"head"}),
         ("upge bench head voc", {"vocabularies="}),
         ("upge doctor che", {"checks=", "checkpoint."}),
+        ("upge run fault=stale", {"fault=stale_weights"}),
+        ("upge run log_to=[console,tens", {"log_to=[console,tensorboard"}),
         ("upge run steps=", set()),
         ("upge nothing x", set()),
     ],
 )
 def test_the_words(line: str, expected: set[str]) -> None:
     assert set(candidates(line)) == expected
+
+
+def test_the_settings_of_a_file_of_the_users_own(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("terms: {rl: {gate: {_target_: my_gates.Mine, floor: 0.1}}}", "utf-8")
+    assert candidates(f"upge run algo={file} algo.terms.rl.gate.") == ["algo.terms.rl.gate.floor="]
+
+
+def test_without_a_candidate_nothing_is_printed(capsys, monkeypatch) -> None:
+    """A shell would take an empty line for a candidate, and not complete names of files."""
+    monkeypatch.setattr(sys, "argv", ["upge", "__complete", "upge watch run"])
+    assert cli.main() == 0 and capsys.readouterr().out == ""
 
 
 def test_every_command_name_and_key_is_a_word() -> None:
