@@ -67,6 +67,11 @@ class Regularizer(Component):
         total = weighted_sum(self.source, [size, self.reduction.formula()], gradient)
         return Formula(f"{text} {total.text}", latex + total.latex)
 
+    def formula(self) -> Formula:
+        """−coefficient · Σ w · ∇penalty, the penalty by its class name and the settings of its own."""
+        penalty = self.named_formula(without=("coefficient", "reduction", "source"))
+        return self.summed_formula(-self.coefficient, Formula(f"∇{penalty.text}", rf"\nabla {penalty.latex}"))
+
 
 @dataclass(frozen=True)
 class EntropyBonus(Regularizer):

@@ -19,6 +19,7 @@ from experiments.describe import base_of, correction_description, key_lines, mem
 from experiments.files import DOCS, replace_block
 from experiments.grid import markdown_table
 from upge import Algorithm
+from upge.components.base import Component
 from upge.errors import ConfigError
 
 README, PAGE = cli.ROOT / "README.md", DOCS / "algorithms.md"
@@ -79,13 +80,19 @@ def _terms(path: str, one: Algorithm) -> list[str]:
         times = "" if term.coefficient == 1 else f", times {term.coefficient:g}"
         lines.append(f"{path}terms.{name}, from {term.source.replace('_', ' ')}{times}")
         for place, part in term.parts.items():
-            lines.append(_row(place.removeprefix("estimator."), f"{part.formula().text}   {part!r}"))
+            lines.append(_row(place.removeprefix("estimator."), _formula_and_settings(part)))
     for name, regularizer in one.regularizers.items():
         lines.append(f"{path}regularizers.{name}, from {regularizer.source}")
-        lines.append(_row("", f"{regularizer.formula().text}   {regularizer!r}"))
+        lines.append(_row("", _formula_and_settings(regularizer)))
     if one.critic is not None:
-        lines += [f"{path}critic, minimized separately", _row("", f"{one.critic.formula().text}   {one.critic!r}")]
+        lines += [f"{path}critic, minimized separately", _row("", _formula_and_settings(one.critic))]
     return lines
+
+
+def _formula_and_settings(part: Component) -> str:
+    """The formula and the settings; once if a part of the user's own has no other formula."""
+    formula = part.formula().text
+    return formula if formula == repr(part) else f"{formula}   {part!r}"
 
 
 def _headers(name: str, corrections: Sequence[str]) -> list[str]:

@@ -169,3 +169,11 @@ def test_what_has_a_coefficient_of_zero_costs_nothing():
     ours, plain = algorithm.estimate(batch), grpo.estimate(batch)
     assert torch.equal(ours.weights, plain.weights) and torch.equal(ours.loss, plain.loss)
     assert set(ours.terms) == set(plain.terms) and not ours.penalties
+
+
+def test_the_formula_of_a_penalty_has_its_sign_and_weights() -> None:
+    printed = WhereUndecided(0.5, upge.TokenMean()).formula()
+    assert printed.text == "− Σ_{τ~π_old} 0.5 · 1/Σ|τ| · Σ_t ∇WhereUndecided()"
+    assert printed.latex.startswith(r"-\sum_{\tau\sim\pi_{old}} 0.5\,") and printed.latex.endswith(
+        r"\nabla \mathrm{WhereUndecided}"
+    )

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, cast
@@ -172,7 +172,11 @@ class Component(ABC):
 
     def formula(self) -> Formula:
         """The formula of the part. The default is the class name with its settings."""
-        settings = ", ".join(f"{setting}={value}" for setting, value in _fields(self).items())
+        return self.named_formula()
+
+    def named_formula(self, without: Collection[str] = ()) -> Formula:
+        """The class name with the settings that are not in `without`."""
+        settings = ", ".join(f"{key}={value}" for key, value in _fields(self).items() if key not in without)
         name = type(self).__name__
         return Formula(f"{name}({settings})", rf"\mathrm{{{name}}}")
 
