@@ -67,6 +67,8 @@ def _diagnose(arguments: Sequence[str]) -> int:
     notes = [f"{name} is left out: {reason}" for name, reason in chosen.left_out.items()] + chosen.remarks
     results, more = _exactly(chosen) if chosen.config.exact else _sampled(chosen, console)
     notes += more
+    if not chosen.config.behavior and any(map(_has_mask_of_ratios, chosen.algorithms.values())):
+        notes.append("all rollouts are of the policy itself, so ratios are 1 and masks of ratios have no effect")
     if not chosen.config.exact:
         notes.append(
             "intervals of noise, power and alignment are too narrow where a few gradients are much longer than the "
@@ -92,6 +94,14 @@ def _diagnose(arguments: Sequence[str]) -> int:
     for path in write.files(results, metadata, notes, folder):
         console.print(f"wrote {path}", soft_wrap=True, markup=False)
     return 0
+
+
+def _has_mask_of_ratios(algorithm: Any) -> bool:
+    """Whether a mask compares the policy with the one that sampled."""
+    from upge.components import StabilizationMask
+
+    masks = [part for part in algorithm.parts.values() if isinstance(part, StabilizationMask)]
+    return any("behavior_logprobs" in mask.columns for mask in masks)
 
 
 def _exactly(chosen: Any) -> tuple[list, list[str]]:

@@ -211,7 +211,7 @@ def _state_of_run(config: dict, metrics: tuple[dict, ...], evaluations: tuple[di
     if not metrics:
         notes.append("No training step was recorded, so there are no plots of training.")
     elif planned is not None and last < planned:
-        notes.append(f"The run ended at step {last} of {planned:.0f} planned.")
+        notes.append(f"The last recorded step is {last} of {planned:.0f} planned.")
     if metrics and evaluations and evaluations[-1]["step"] < last:
         notes.append(f"The last evaluation is from step {evaluations[-1]['step']}, before the last step, {last}.")
     skipped = max((number(line.get("skipped_updates")) or 0 for line in metrics), default=0)

@@ -25,6 +25,7 @@ from experiments.sweep.folder import SweepFolder
 from experiments.sweep.settings import Sweep, SweepConfig, load, names
 from upge.config import meanings
 from upge.errors import ConfigError, UserError
+from upge.evaluation.intervals import LEAST_SEEDS
 
 PAGE = files.DOCS / "results.md"
 
@@ -190,6 +191,8 @@ def report(folder: SweepFolder, command: str, provenance: Callable[[], Sequence[
     faulty = sorted({row["label"] for row in rows if "fault" in row})
     notes += [markdown_text(f"Trained with a fault on purpose: {'; '.join(faulty)}.")] if faulty else []
     notes += [markdown_text(note) for note in collect.answer_notes(folder)]
+    if len(sweep.labels) > 1 and not sweep.config.select and len({run.seed for run in sweep.runs}) < LEAST_SEEDS:
+        notes.append(f"There are no tests: a paired test takes at least {LEAST_SEEDS} seeds.")
     made = Report(sweep, tuple(_grids(folder, rows)), drawn, tuple(notes))
     (folder.path / "report.md").write_text(page(made), "utf-8")
     (folder.path / "report.html").write_text(_html(made, folder, rows), "utf-8")

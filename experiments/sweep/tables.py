@@ -159,9 +159,10 @@ def exclusive_grid(sweep: Sweep, name: str, runs: Mapping[tuple[str, int], Run],
 
 
 def best_places(values: Sequence[Figure | None]) -> set[int]:
-    """The positions of the highest mean as printed; empty if there are fewer than two means."""
+    """The positions of the highest mean as printed; empty if no two means differ."""
     means = {place: round(100 * one.interval.value, 1) for place, one in enumerate(values) if one}
-    return {place for place, mean in means.items() if mean == max(means.values())} if len(means) > 1 else set()
+    differ = len({*means.values()}) > 1
+    return {place for place, mean in means.items() if mean == max(means.values())} if differ else set()
 
 
 def mean_cell_of(one: Figure | None) -> str:

@@ -259,7 +259,7 @@ def test_an_interrupted_run_still_gives_a_report_with_a_note(tmp_path):
     (folder / "run.json").unlink()
     (folder / "rollouts" / "step_000041.jsonl").write_text('{"prompt": "half')
     html, page = report(folder)
-    assert "Line 26 of metrics.jsonl is incomplete" in html and "ended at step 25 of 40 planned" in html
+    assert "Line 26 of metrics.jsonl is incomplete" in html and "The last recorded step is 25 of 40 planned" in html
     assert "run.json is missing" in html and "result" not in page.ids and "plot-reward" in page.ids
     assert "at step 40" in html, "the newest file with whole lines is shown"
 
