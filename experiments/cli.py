@@ -314,7 +314,8 @@ def help_row(left: str, right: str, width: int = 36) -> str:
     """Two columns of at most 118 characters; a left side longer than `width` moves the right one to the next line."""
     indent = " " * (width + 3)
     if len(left) > width:
-        return "\n".join([*textwrap.wrap(left, 116, initial_indent="  ", subsequent_indent="    "), indent + right])
+        above = textwrap.wrap(left, 116, initial_indent="  ", subsequent_indent="    ")
+        return "\n".join([*above, *textwrap.wrap(right, 118, initial_indent=indent, subsequent_indent=indent)])
     return textwrap.fill(f"{left:<{width}} {right}", 118, initial_indent="  ", subsequent_indent=indent)
 
 

@@ -27,12 +27,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def help_text(everything: bool = False) -> str:
-    """What --help prints."""
-    from experiments.regret.settings import keys
+    """What `--help` prints, or `--help all`."""
+    from experiments.keys import shown
+    from experiments.regret.settings import SHARED, RegretConfig, keys
 
-    shown = [(f"{name}={'' if default is None else default}", meaning) for name, default, meaning in keys()]
+    rows = [(name, f"{name}={shown(default)}", meaning) for name, default, meaning in keys()]
+    own = [name for name, *_ in rows if everything or name in (*RegretConfig.__dataclass_fields__, *SHARED)]
     head = "Keys (model=, data= and recipe= are those of experiments.run, with their own keys):"
-    return "\n".join([__doc__, head, *(cli.help_row(left, meaning) for left, meaning in shown)])
+    return "\n".join([str(__doc__), head, *cli.common_rows(rows, own)])
 
 
 def _regret(arguments: Sequence[str]) -> int:

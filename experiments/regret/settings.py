@@ -20,6 +20,7 @@ SIGNALS = "hpt_soft"
 #: Keys that this command shares with a diagnosis.
 SHARED = ("prompts", "group_size", "step", "policies", "run", "output")
 _DEFAULTS = {"prompts": 128}
+_MEANINGS = {"output": "folder of the results; empty = the next free regrets/MODEL-DATA"}
 #: The largest number of a key.
 _MOST = 10**7
 
@@ -180,6 +181,6 @@ def keys() -> list[tuple[str, Any, str]]:
     shared = [row for row in meanings(diagnose.DiagnoseConfig) if row[0] in SHARED]
     return [
         *meanings(RegretConfig),
-        *((name, _DEFAULTS.get(name, default), meaning) for name, default, meaning in shared),
+        *((name, _DEFAULTS.get(name, default), _MEANINGS.get(name, meaning)) for name, default, meaning in shared),
         *others,
     ]

@@ -62,7 +62,8 @@ def test_every_command_is_listed_and_has_a_main(folder: Path) -> None:
     assert packages <= {*cli.COMMANDS}
 
 
-HELP = {name: f"experiments.{name}.__main__" for name in ("run", "evaluate", "diagnose", "sweep", "compare", "doctor")}
+COMMANDS_OF_KEYS = ("run", "evaluate", "diagnose", "regret", "sweep", "compare", "doctor")
+HELP = {name: f"experiments.{name}.__main__" for name in COMMANDS_OF_KEYS}
 
 
 @pytest.mark.parametrize("command", HELP)

@@ -101,7 +101,7 @@ def test_gates_are_named_after_algorithms_and_thresholds():
 
 
 def test_help_lists_own_and_shared_keys():
-    text = regret.help_text()
+    text = regret.help_text(everything=True)
     assert all(f"  {name}=" in text for name in ("gates", "parts", "adam_length", "prompts", "rollout.temperature"))
     assert "sketch=" not in text
 
