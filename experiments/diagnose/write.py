@@ -35,7 +35,8 @@ def bias_variance_grid(result: Result) -> Grid:
         cells += [ranged(overall.alignment), ranged(one.imitation)] + [ranged(one.held_out)] * held_out
         rows.append(Row(tuple(cells)))
     header = ["algorithm", "cosine", "bias", "noise", "snr", "alignment", "imitation"]
-    title = "Bias and variance of one batch's gradient against ∇E[R], with 95 % intervals"
+    # Exact sums have no intervals, and no bins.
+    title = "Bias and variance of one batch's gradient against ∇E[R]" + ", with 95 % intervals" * bool(result.bins)
     return Grid("plane", title, (*header, *["held out"] * held_out), tuple(rows))
 
 

@@ -98,6 +98,12 @@ class Told:
                 self.progress.note(f"report.html was not written: {type(error).__name__}: {first_line(error)}")
 
 
+def _say(text: str) -> None:
+    """Prints a line, above the progress bar if there is one."""
+    tqdm.write(text)
+    sys.stdout.flush()
+
+
 def train(composed: Any, prepared: Any, world: World, stop: StopSignals, watch: Watch, record: Any) -> Any:
     """Trains, evaluates and writes the report.
 
@@ -119,7 +125,7 @@ def train(composed: Any, prepared: Any, world: World, stop: StopSignals, watch: 
     from upge.train.trainer import Trainer
 
     config, folder = composed.config, prepared.folder
-    say = partial(print, flush=True) if world.is_main else lambda text: None
+    say = _say if world.is_main else lambda text: None
     fault = faults.load(config.fault, config.group_size)
     _introduce(composed, prepared, fault, say)
     with verifier_pool(prepared.verifiers, config.verify) as pool:
