@@ -74,6 +74,7 @@ def _regrets(axes, analysis: Analysis) -> None:
         axes.plot(one.regret.value, place, marker="o", color=color, markersize=4.5)
     names = [in_figure(one.name) for one in reversed(shown)]
     axes.set_yticks(range(len(shown)), names, fontsize=7.5)
+    axes.locator_params(axis="x", nbins=5)
     axes.axvline(0, color=SOFT, linewidth=0.9)
     axes.set_title(f"Regret in accuracy ({UNITS['accuracy'][0]})")
     dress(axes, grid="x")

@@ -239,7 +239,9 @@ def report(
     parts = []
     for one in policies:
         own = [path for path in drawn if path.suffix == ".svg" and path.stem in _stems(one)]
-        pictures = [(Markup(inline(path, re.sub(r"\W", "_", path.stem))), figures.CAPTION) for path in own]
+        captions = [f"For {RULE_NAMES[path.stem.partition('-')[0]]}. {figures.CAPTION}" for path in own]
+        drawings = [Markup(inline(path, re.sub(r"\W", "_", path.stem))) for path in own]
+        pictures = [*zip(drawings, captions, strict=True)]
         about = {"label": one.result.label, "summary": summary(one)}
         parts.append(about | {"figures": pictures, "grids": grids(one)})
     values = {"title": "Regret of gates", "command": metadata["command"], "notes": notes, "figures": []}
