@@ -8,6 +8,7 @@ applies the corrections. An override therefore names a part as the algorithm's f
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -110,9 +111,11 @@ def find(name: str, folder: Path = FOLDER, path: str = "algo", near: Path | None
             if file.is_file():
                 return file
         where = "" if near is None or Path(name).is_absolute() else f" in {near} or in the working directory"
-        raise ConfigError(
-            f"{path}: there is no file {name}{where}; give the path of a YAML file or one of {', '.join(known)}"
-        )
+        beside = {file.stem: str(file) for file in Path(name).parent.glob("*") if file.suffix in _SUFFIXES}
+        close = difflib.get_close_matches(Path(name).stem, beside, n=1)
+        fix = f"did you mean '{beside[close[0]]}'?" if close else ""
+        fix = fix or f"give the path of a YAML file or one of {', '.join(known)}"
+        raise ConfigError(f"{path}: there is no file {name}{where}; {fix}")
     if name not in known:
         raise ConfigError(f"{path}: no {what} '{name}'; {nearest(str(name), known)} (or give the path of a YAML file)")
     return folder / f"{name}.yaml"
@@ -206,7 +209,7 @@ def _with_setting(node: DictConfig, item: str, path: str) -> DictConfig:
             _check_setting(result, key)
         _check_references(result, key, where)
         if parent and not _is_open(result, parent) and OmegaConf.select(result, parent) is None:
-            known = _paths(plain(result))
+            known = [key for key in _paths(plain(result)) if not key.endswith(TARGET)]
             raise ConfigError(f"{where}: there is no '{parent}'; {nearest(key, known)}")
         _check_target(result, key, value, where)
         OmegaConf.update(result, key, value, merge=False, force_add=True)

@@ -10,7 +10,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Union
 
-from upge.errors import ConfigError, nearest
+from upge.errors import ConfigError, closest
 
 
 def check_fields(instance: Any) -> None:
@@ -65,7 +65,8 @@ def mismatch(value: Any, annotation: Any) -> str | None:
     if origin is Literal:
         if any(value == a and type(value) is type(a) for a in arguments):
             return None
-        return f"{value!r} is not one of {', '.join(map(repr, arguments))}; {nearest(str(value), map(str, arguments))}"
+        hint = closest(str(value), map(str, arguments))
+        return f"{value!r} is not one of {', '.join(map(repr, arguments))}{hint and f'; {hint}'}"
     if origin in (Union, types.UnionType):
         wrong = [mismatch(value, a) for a in arguments]
         return None if None in wrong else f"found {_show(value)}, expected {_name(annotation)}"
@@ -78,6 +79,8 @@ def mismatch(value: Any, annotation: Any) -> str | None:
         right = isinstance(value, int) and not isinstance(value, bool)
     elif expected is tuple:
         right = isinstance(value, tuple) and _items_match(value, arguments)
+    elif expected is list and isinstance(value, str):
+        return f"found {_show(value)}, expected list; write [{value}]"
     elif expected in (list, Sequence, dict, Mapping):
         right = isinstance(value, expected)
     elif isinstance(expected, type):

@@ -106,12 +106,16 @@ class Settings:
     def __post_init__(self) -> None:
         problems = Problems()
         for item in dataclasses.fields(self):
-            value = getattr(self, item.name)
-            if "range" in item.metadata and isinstance(value, (int, float)) and not isinstance(value, bool):
-                with problems:
-                    if problem := item.metadata["range"].problem(value):
-                        raise ConfigError(problem, item.name)
+            with problems:
+                _check_range(item, getattr(self, item.name), item.name)
         problems.raise_any()
+
+
+def _check_range(item: dataclasses.Field, value: Any, where: str) -> None:
+    """Refuses a number outside the range of its field."""
+    if "range" in item.metadata and isinstance(value, (int, float)) and not isinstance(value, bool):
+        if problem := item.metadata["range"].problem(value):
+            raise ConfigError(problem, where)
 
 
 def from_tree(cls: type, tree: Mapping[str, Any], path: str = "") -> Any:
@@ -126,7 +130,7 @@ def from_tree(cls: type, tree: Mapping[str, Any], path: str = "") -> Any:
             out of range; `ConfigErrors` if several are.
     """
     hints = get_type_hints(cls)
-    aliases = {item.name: item.metadata.get("aliases", {}) for item in dataclasses.fields(cls)}
+    fields = {item.name: item for item in dataclasses.fields(cls)}
     values, problems = {}, Problems()
     for name, value in tree.items():
         where = f"{path}.{name}" if path else str(name)
@@ -135,7 +139,7 @@ def from_tree(cls: type, tree: Mapping[str, Any], path: str = "") -> Any:
                 renamed = RENAMED_KEYS.get(where)
                 hint = f"it was renamed; write {renamed}" if renamed else nearest(str(name), hints)
                 raise ConfigError(f"unknown key; {hint}", where)
-            values[name] = _typed(hints[name], value, aliases[name], where)
+            values[name] = _typed(hints[name], value, fields[name], where)
     problems.raise_any()
     try:
         return cls(**values)
@@ -143,19 +147,20 @@ def from_tree(cls: type, tree: Mapping[str, Any], path: str = "") -> Any:
         raise (error.under(path) if path else error) from None
 
 
-def _typed(kind: Any, value: Any, aliases: Mapping[str, Any], where: str) -> Any:
-    """The value of one field, checked against its annotated type."""
+def _typed(kind: Any, value: Any, item: dataclasses.Field, where: str) -> Any:
+    """The value of a field of type `kind`, checked against the type and the field's range."""
     if dataclasses.is_dataclass(kind):
         if not isinstance(value, Mapping):
             inner = ", ".join(f.name for f in dataclasses.fields(kind))
             raise ConfigError(f"found {value!r}, expected keys such as {where}.KEY: {inner}", where)
         return from_tree(kind, value, where)
-    value = aliases.get(str(value).lower(), value)
+    value = item.metadata.get("aliases", {}).get(str(value).lower(), value)
     wrong = mismatch(value, kind)
     if wrong:
         raise ConfigError(wrong, where)
     if isinstance(value, float) and math.isinf(value):
         raise ConfigError(f"found {value}; give a finite number", where)
+    _check_range(item, value, where)
     return float(value) if kind is float else value
 
 

@@ -142,7 +142,12 @@ class Problems:
 def nearest(name: str, known: Iterable[str]) -> str:
     """A hint for a mistyped `name`: the closest known name, or else all known names."""
     known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    if close:
-        return f"did you mean '{close[0]}'?"
+    if hint := closest(name, known):
+        return hint
     return "known: " + ", ".join(known) if known else "no names are known here"
+
+
+def closest(name: str, known: Iterable[str]) -> str:
+    """A hint for a mistyped `name`: the closest known name; empty if none is close."""
+    close = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.5)
+    return f"did you mean '{close[0]}'?" if close else ""

@@ -43,7 +43,11 @@ CASES = {
             "\n  optimizer.l: ",
         ],
     ),
-    "several values": (["optimizer.lr=-1", "group_size=0.5"], ["2 settings", "\n  optimizer.lr: ", "\n  group_size: "]),
+    "several values": (
+        ["optimizer.lr=-1", "group_size=0.5", "steps=-1", "log_to=tensorboard"],
+        ["4 settings", "\n  optimizer.lr: ", "\n  group_size: ", "\n  steps: ", "expected list; write [tensorboard]"],
+    ),
+    "a file beside the right one": (["algo=algorithms/hptt.yaml"], ["algo", "did you mean 'algorithms/hpt.yaml'?"]),
     "not key=value": (["steps"], ["steps", "key=value"]),
     "wrong type": (["steps=many"], ["steps", "many", "int"]),
     "wrong value": (["rollout.engine=sglang"], ["rollout.engine", "sglang", "vllm"]),
