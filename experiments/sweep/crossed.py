@@ -42,7 +42,8 @@ def value_grid(sweep: Sweep, rows: Sequence[Mapping[str, Any]], measure: str) ->
 def change_grid(sweep: Sweep, rows: Sequence[Mapping[str, Any]], measure: str) -> Grid:
     """The difference of each value to the first one of the same variant, paired by seed."""
     first = {run.variant: run.label for run in reversed(sweep.runs)}
-    title = f"{_name(measure)}: difference to {value_text(_values(sweep)[0])} of the same row"
+    key = crossed_key(sweep)
+    title = f"{_name(measure)}: difference to {key}={value_text(_values(sweep)[0])} in the same row"
     return _differences(sweep, rows, measure, "changes", title, lambda run: first[run.variant])
 
 
@@ -50,7 +51,7 @@ def variant_grid(sweep: Sweep, rows: Sequence[Mapping[str, Any]], measure: str) 
     """The difference of each variant to the baseline's variant at the same value, paired by seed."""
     own = next(run.variant for run in sweep.runs if run.label == sweep.baseline)
     labels = {value_text(_place(run)): run.label for run in sweep.runs if run.variant == own}
-    title = f"{_name(measure)}: difference to {own} of the same column"
+    title = f"{_name(measure)}: difference to {own} in the same column"
     return _differences(sweep, rows, measure, "variants", title, lambda run: labels[value_text(_place(run))])
 
 
