@@ -160,8 +160,9 @@ def _typed(kind: Any, value: Any, item: dataclasses.Field, where: str) -> Any:
         raise ConfigError(wrong, where)
     if isinstance(value, float) and math.isinf(value):
         raise ConfigError(f"found {value}; give a finite number", where)
+    value = float(value) if kind is float else value
     _check_range(item, value, where)
-    return float(value) if kind is float else value
+    return value
 
 
 def defaults(cls: type) -> dict[str, Any]:
