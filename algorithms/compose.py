@@ -178,7 +178,7 @@ def _mapping(tree: Mapping[str, Any], key: str, path: str) -> Mapping[str, Any]:
 
 def _only(tree: Mapping[str, Any], known: set[str], path: str) -> None:
     for key in tree:
-        if key == CORRECTION:
+        if key in (CORRECTION, "corrected"):
             raise ConfigError(
                 f"{path}.{key}: unknown key; corrections are chosen by correction=NAME, and their settings are "
                 "correction.NAME.KEY=VALUE"
