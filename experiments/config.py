@@ -354,7 +354,7 @@ def suite_tree(name: str) -> dict[str, Any]:
     """
     path = CONFIGS / "suite" / f"{name}.yaml" if name in presets("suite") else Path(name).expanduser()
     if not path.is_file():
-        raise ConfigError(f"suite: no suite '{name}'; {nearest(name, presets('suite'))}, or give a YAML file")
+        raise ConfigError(f"suite: no suite '{name}'; {nearest(name, presets('suite'))} (or give a YAML file)")
     try:
         tree = read_yaml(path)
     except ConfigError as error:

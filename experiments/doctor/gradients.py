@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import algorithms
 from experiments.doctor.models import small
 from experiments.doctor.rows import Context, Row, judged
+from experiments.run.workload import pluralize
 from upge.algorithm import Algorithm
 from upge.errors import ConfigError, nearest
 from upge.models.loading import read_config
@@ -52,9 +53,8 @@ def check(context: Context) -> Iterator[Row]:
     bound = BOUNDS[model.dtype]
     worst = max(errors, key=lambda name: math.inf if math.isnan(errors[name]) else errors[name])
     wrong = [name for name, error in errors.items() if not error <= bound]
-    measured = (
-        f"{len(errors)} algorithms, {_which(context, model)}: largest relative error {errors[worst]:.1e} ({worst})"
-    )
+    checked = f"{pluralize(len(errors), 'algorithm')}, {_which(context, model)}"
+    measured = f"{checked}: largest relative error {errors[worst]:.1e} ({worst})"
     measured += f", at most {bound:g}" if not wrong else f"; above {bound:g}: {', '.join(wrong)}"
     advice = (
         "an update here is not the gradient of its algorithm; if attention, output head or all-reduce are problems as "

@@ -15,9 +15,9 @@ from upge.train.distributed import world_size
 GIB = 2**30
 
 
-def pluralize(number: int, noun: str) -> str:
+def pluralize(number: int, noun: str, ending: str = "s") -> str:
     """The number with its noun, as in "1 rank" and "8 ranks"."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+    return f"{number:,} {noun}{'' if number == 1 else ending}"
 
 
 @dataclass(frozen=True)
@@ -155,6 +155,6 @@ class Workload:
             f"at most {self.trajectories:,} trajectories: {self.rollouts:,} rollouts, {self.given:,} given responses",
             f"at most {self.tokens:,} tokens, {self.longest:,} each; {math.ceil(self.tokens / self.ranks):,} per rank",
             f"sampled per rank: {pluralize(sampled, 'response')}",
-            f"{pluralize(self.updates, 'update')}, each with at most {self.micro_batches} micro-batches per rank",
+            f"{pluralize(self.updates, 'update')} of at most {pluralize(self.micro_batches, 'micro-batch', 'es')} per rank",
         ]
         return "\n".join(parts)

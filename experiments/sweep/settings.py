@@ -245,7 +245,7 @@ def seeds_of(value: Any) -> list[int]:
 def _file(name: str) -> dict[str, Any]:
     path = Path(name) if name.endswith((".yaml", ".yml")) else FOLDER / f"{name}.yaml"
     if not path.is_file():
-        raise ConfigError(f"sweep: no sweep '{name}'; {nearest(name, names())}, or give a YAML file")
+        raise ConfigError(f"sweep: no sweep '{name}'; {nearest(name, names())} (or give a YAML file)")
     try:
         tree = read_yaml(path)
     except ConfigError as error:
