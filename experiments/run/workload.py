@@ -151,10 +151,11 @@ class Workload:
 
     def __str__(self) -> str:
         sampled = math.ceil(self.rollouts / self.ranks)
+        micro_batches = pluralize(self.micro_batches, "micro-batch", "es")
         parts = [
             f"at most {self.trajectories:,} trajectories: {self.rollouts:,} rollouts, {self.given:,} given responses",
             f"at most {self.tokens:,} tokens, {self.longest:,} each; {math.ceil(self.tokens / self.ranks):,} per rank",
             f"sampled per rank: {pluralize(sampled, 'response')}",
-            f"{pluralize(self.updates, 'update')} of at most {pluralize(self.micro_batches, 'micro-batch', 'es')} per rank",
+            f"{pluralize(self.updates, 'update')} of at most {micro_batches} per rank",
         ]
         return "\n".join(parts)
