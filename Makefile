@@ -79,6 +79,8 @@ results: env  ## regenerate docs/results.md: all sweeps of the small model and t
 		prompts_per_step=16 group_size=8 optimizer.lr=0 eval.every=-1 checkpoint.every=0 log_rollouts=1 output=runs/teacher-samples
 	$(VENV)/bin/python -m experiments.sweep sweep=distillation --docs
 	$(VENV)/bin/python -m experiments.sweep sweep=faults --docs
+	$(VENV)/bin/python -m experiments.sweep sweep=staleness --docs
+	$(VENV)/bin/python -m experiments.sweep sweep=mismatch --docs
 	$(VENV)/bin/python -m experiments.faults --docs
 	$(VENV)/bin/python -m experiments.diagnose algos=all output=diagnoses/atlas
 	$(VENV)/bin/python -m experiments.diagnose output=diagnoses/main algos=[sft,dr_grpo,grpo,luffy,srft,hpt] data.train_size=510 \
