@@ -38,7 +38,7 @@ def lines(path):
 
 
 def train(name, settings):
-    """Runs `python -m experiments.run`; returns the share of the evaluation problems solved before and after it."""
+    """Run `python -m experiments.run`; return the share of the evaluation problems solved before and after it."""
     shutil.rmtree(FOLDER / name, ignore_errors=True)
     command = [sys.executable, "-m", "experiments.run", *COMMON, *settings.split(), f"output={FOLDER / name}"]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)

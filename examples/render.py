@@ -47,7 +47,7 @@ def cells(script: str) -> list[Cell]:
 
 
 def outputs(source: str, namespace: dict) -> list[dict]:
-    """Runs a cell of code; returns what it printed and the figures that it drew, as outputs of a notebook."""
+    """Run a cell of code; return what it printed and the figures that it drew, as outputs of a notebook."""
     import matplotlib.pyplot as plt
 
     printed = io.StringIO()
@@ -94,7 +94,7 @@ def stored_outputs(path: Path, script: str) -> list[list[dict]] | None:
 
 
 def main(arguments: list[str]) -> int:
-    """Renders the examples with these names, or all of them."""
+    """Render the examples with these names, or all of them."""
     names = [argument for argument in arguments if argument != "--run"]
     unknown = [name for name in names if name not in NAMES]
     if unknown:

@@ -9,7 +9,7 @@ from experiments import packages
 
 
 def leave_at_once(number: int, frame: FrameType | None) -> None:
-    """Ends this process at once, in the way that `cli.run_command` does later."""
+    """End this process at once, in the way that `cli.run_command` does later."""
     os.write(2, b"stopped by signal 2\n")
     os._exit(128 + number)
 

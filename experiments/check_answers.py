@@ -129,7 +129,7 @@ def _rows(path: Path) -> list[Row]:
 
 
 def check(files: Mapping[str, Path], workers: int = 2) -> list[Result]:
-    """Verifies the files; `files` maps the displayed name to the path."""
+    """Verify the files; `files` maps the displayed name to the path."""
     cases = {name: read(path) for name, path in files.items()}
     with VerifierPool(("math", "math_last", "number", "choice"), workers, TIME_LIMIT) as pool:
         return [Result(name, own, tuple(pool.score(case.item for case in own))) for name, own in cases.items()]
@@ -214,7 +214,7 @@ def find(arguments: Sequence[str]) -> dict[str, Path]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Prints the tables, or updates the page; returns the exit code, 2 on bad input."""
+    """Print the tables, or update the page; return the exit code, 2 on bad input."""
     return cli.run_command(_check_answers, arguments, lambda everything: str(__doc__))
 
 

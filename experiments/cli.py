@@ -103,7 +103,7 @@ def usage() -> str:
 def run_command(
     command: Callable[[list[str]], int], arguments: Sequence[str] | None, help_text: Callable[[bool], str] | None = None
 ) -> int:
-    """Runs a command and turns user errors and signals into a message on standard error and an exit code.
+    """Run a command and turn user errors and signals into a message on standard error and an exit code.
 
     Args:
         arguments: the command's arguments; None = those of the program.
@@ -157,7 +157,7 @@ def run_command(
 
 
 def _refused(error: Exception | str, code: int = BAD_INPUT) -> int:
-    """Prints an error of a command that has not begun; returns the exit code.
+    """Print an error of a command that has not begun; return the exit code.
 
     Every rank announces the error, so that the launcher's summary has it even if only one rank has failed.
     """
@@ -172,7 +172,7 @@ def _refused(error: Exception | str, code: int = BAD_INPUT) -> int:
 
 
 def _check_text(arguments: Sequence[str]) -> None:
-    """Refuses an argument that cannot be printed or written to a file.
+    """Refuse an argument that cannot be printed or written to a file.
 
     Raises:
         ConfigError: its bytes are not UTF-8.
@@ -187,7 +187,7 @@ def _check_text(arguments: Sequence[str]) -> None:
 
 
 def quiet() -> None:
-    """Silences the libraries' informational messages; warnings that concern the user still show.
+    """Silence the libraries' informational messages; warnings that concern the user still show.
 
     The progress bars of the hub, which a download of 15 GB needs, are shown by the first rank in a terminal.
     """
@@ -200,7 +200,7 @@ def quiet() -> None:
 
 @contextlib.contextmanager
 def collector_paused() -> Iterator[None]:
-    """Pauses Python's garbage collector while libraries are imported and engines start.
+    """Pause Python's garbage collector while libraries are imported and engines start.
 
     Nearly all objects made there stay alive, and the collector would traverse the million objects of torch,
     transformers, DeepSpeed and vLLM again and again, also because the engines call it themselves. Existing objects are
@@ -218,7 +218,7 @@ def collector_paused() -> Iterator[None]:
 
 
 def add_user_folder() -> None:
-    """Puts the current folder last on the import path, after the folder of this package.
+    """Put the current folder last on the import path, after the folder of this package.
 
     Under `python -m` the current folder is already the first entry. It is missing when `upge`, torchrun or deepspeed
     start the program. The entry for this package matters for an editable install, which Python consults only after the
@@ -246,7 +246,7 @@ def child_environment() -> dict[str, str]:
 
 
 def print_error(error: Exception | str, rank: int | None = None) -> None:
-    """Prints a user error on standard error.
+    """Print a user error on standard error.
 
     `rank` None = all ranks of a machine raise the same error, so only the first of them prints it. Machines may differ
     in packages and files.
@@ -260,7 +260,7 @@ def print_error(error: Exception | str, rank: int | None = None) -> None:
 
 
 def print_alone(text: str) -> None:
-    """Prints a line on standard error, below the progress bars that are still open."""
+    """Print a line on standard error, below the progress bars that are still open."""
     bars = sys.modules.get("tqdm.std")
     for bar in list(getattr(bars.tqdm, "_instances", ())) if bars else ():
         bar.close()
@@ -269,7 +269,7 @@ def print_alone(text: str) -> None:
 
 @contextlib.contextmanager
 def stopped_by_signals() -> Iterator[None]:
-    """Raises `Stopped` in the block on SIGINT, SIGTERM or SIGHUP; a second signal ends the process at once."""
+    """Raise `Stopped` in the block on SIGINT, SIGTERM or SIGHUP; a second signal ends the process at once."""
     from upge.train.stopping import stop_signals
 
     numbers = stop_signals()
@@ -285,7 +285,7 @@ def stopped_by_signals() -> Iterator[None]:
 
 @contextlib.contextmanager
 def signals_handled(numbers: Sequence[int], handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Handles these signals with `handler` in the block."""
+    """Handle these signals with `handler` in the block."""
     before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
@@ -295,7 +295,7 @@ def signals_handled(numbers: Sequence[int], handler: Callable[[int, FrameType | 
 
 
 def flags(arguments: Sequence[str], *names: str) -> tuple[list[str], dict[str, bool]]:
-    """Separates flags such as `--dry-run` from the other arguments; each of `names` maps to whether it was given."""
+    """Separate flags such as `--dry-run` from the other arguments; each of `names` maps to whether it was given."""
     return [a for a in arguments if a not in names], {name: name in arguments for name in names}
 
 

@@ -199,7 +199,7 @@ def _idle_penalties(algorithm: Algorithm | Pipeline, config: RunConfig) -> Itera
 
 
 def read_recipe(name: str, above: tuple[str, ...] = ()) -> Recipe:
-    """Reads the recipe of this name; `above` are the recipes that it is the base of.
+    """Read the recipe of this name; `above` are the recipes that it is the base of.
 
     Raises:
         ConfigError: there is no such recipe, its bases lead back to it, or `overrides` is not a list of strings.
@@ -288,7 +288,7 @@ def _merge(tree: DictConfig, part: Mapping[str, Any], origin: str) -> DictConfig
 
 
 def _set(tree: DictConfig, key: str, value: str) -> DictConfig:
-    """Sets one key=value of the command line; the part before the first dot decides what checks the rest."""
+    """Set one key=value of the command line; the part before the first dot decides what checks the rest."""
     head, _, rest = key.partition(".")
     if head in ("algo", "data", "model") and not rest or head == "recipe":
         raise ConfigError(f"{key}: give a name, or a key below it such as {head}.KEY=VALUE")

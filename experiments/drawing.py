@@ -33,7 +33,7 @@ _STYLE = {
 
 
 def save(folder: Path, name: str, size: tuple[float, float], draw: Callable[[Figure], None]) -> list[Path]:
-    """Calls `draw` on a figure of this size in inches and writes NAME.png and NAME.svg.
+    """Call `draw` on a figure of this size in inches and write NAME.png and NAME.svg.
 
     The SVG holds the values of the lines that have a label, which pages show under the pointer.
     """
@@ -51,7 +51,7 @@ def save(folder: Path, name: str, size: tuple[float, float], draw: Callable[[Fig
 def draw_panels(
     figure: Figure, columns: int, panels: Sequence, names: Sequence[str], xlabel: str, draw: Callable, **legend: Any
 ) -> None:
-    """Draws each panel into axes of its own, with one legend for all; `names` gives the order of the lines in it.
+    """Draw each panel into axes of its own, with one legend for all; `names` gives the order of the lines in it.
 
     `draw` gets axes, a panel and its number, and returns the lines that it has drawn by their names.
     """
@@ -68,14 +68,14 @@ def draw_panels(
 
 
 def dress(axes, grid: str = "y") -> None:
-    """Removes the frame except for the bottom edge and puts a grid behind everything."""
+    """Remove the frame except for the bottom edge and put a grid behind everything."""
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.set_axisbelow(True)
     axes.grid(True, axis=grid, color=RULE, linewidth=0.7)
 
 
 def count_steps(axes) -> None:
-    """Puts whole numbers on the horizontal axis, which counts steps; called after drawing."""
+    """Put whole numbers on the horizontal axis, which counts steps; called after drawing."""
     low, high = axes.dataLim.intervalx
     if high - low < 1:  # a single step, around which matplotlib would show fractions
         axes.set_xlim(low - 1, high + 1)
@@ -83,7 +83,7 @@ def count_steps(axes) -> None:
 
 
 def draw_band(axes, name: str, curve: Mapping[int, Interval], index: int, scale: float = 1.0, **style: Any) -> Line2D:
-    """Draws line number `index`, in its color, with its intervals as a band; returns the line."""
+    """Draw line number `index`, in its color, with its intervals as a band; return the line."""
     color, dash = COLORS[index % len(COLORS)], "-" if index < len(COLORS) else "--"
     value, low, high = ([scale * getattr(one, of) for one in curve.values()] for of in ("value", "low", "high"))
     axes.fill_between(list(curve), low, high, color=color, alpha=0.14, linewidth=0)

@@ -152,7 +152,7 @@ class Tables:
         return text
 
     def command(self, arguments: Sequence[str]) -> int:
-        """Prints the tables, or with `--docs` updates the page; returns the exit code."""
+        """Print the tables, or with `--docs` update the page; return the exit code."""
         if [*arguments] == ["--docs"]:
             self.page.write_text(self.updated(self.page.read_text("utf-8")), "utf-8")
         elif arguments:

@@ -58,7 +58,7 @@ def ruled(rows: Sequence[Row]) -> tuple[Row, ...]:
 
 
 def print_grid(grid: Grid, console: Console) -> None:
-    """Prints a table. If it is too wide, cells break at spaces, and columns that still do not fit go below it."""
+    """Print a table. If it is too wide, cells break at spaces, and columns that still do not fit go below it."""
     for number, part in enumerate(_parts(grid, console.width)):
         if number:
             console.print()
@@ -154,7 +154,7 @@ def _widths(grid: Grid) -> list[int]:
 
 
 def _broken(grid: Grid) -> Grid:
-    """Breaks every cell except the labels into a line per word, short cells as well as long ones."""
+    """Break every cell except the labels into a line per word, short cells as well as long ones."""
 
     def broken(cells: Sequence[str]) -> tuple[str, ...]:
         return tuple(cell if i < grid.labels else cell.replace(" ", "\n") for i, cell in enumerate(cells))
@@ -222,7 +222,7 @@ def accuracy_rows(before: Mapping, after: Mapping) -> list[LevelRow]:
 
 
 def print_table(before: Mapping, after: Mapping, console: Console | None = None) -> None:
-    """Prints the change of every measure per difficulty level, in 80 columns for level names of up to 10 characters.
+    """Print the change of every measure per difficulty level, in 80 columns for level names of up to 10 characters.
 
     Args:
         before, after: lines of evaluations.jsonl; an empty mapping stands for an evaluation that never happened.

@@ -10,7 +10,7 @@ from typing import Any, BinaryIO, TextIO, cast
 
 
 def prepare_output() -> None:
-    """Makes writing to standard output and standard error safe for the rest of the process.
+    """Make writing to standard output and standard error safe for the rest of the process.
 
     A run of days must not end because the reader of its output has left (`| head`), the terminal was closed or the disk
     of its log is full. What cannot be written is dropped from then on. Characters that the encoding does not have are
@@ -36,7 +36,7 @@ class _Dropping(io.FileIO):
 
 
 def _open(descriptor: int) -> None:
-    """Opens the null device in place of a closed descriptor, which the next file would take otherwise."""
+    """Open the null device in place of a closed descriptor, which the next file would take otherwise."""
     try:
         os.fstat(descriptor)
     except OSError:

@@ -58,7 +58,7 @@ def is_installed(package: str) -> bool:
 
 
 def explain_missing() -> None:
-    """Lets this process end with a message and exit code 2 when an optional package is missing."""
+    """Let this process end with a message and exit code 2 when an optional package is missing."""
     # torch warns of a missing numpy on its own, before a command says what to install.
     warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
     before = sys.excepthook

@@ -135,7 +135,7 @@ def batch_loss(model: Qwen2ForCausalLM, rows: Sequence[tuple[Tensor, int]], toke
 
 
 def train(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, options: argparse.Namespace) -> None:
-    """Trains with AdamW, warm-up and cosine decay, and saves a loadable model at every checkpoint."""
+    """Train with AdamW, warm-up and cosine decay, and save a loadable model at every checkpoint."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, betas=(0.9, 0.98), weight_decay=0.05)
     warmup = max(1, min(100, options.steps // 10))
     rise = lr_scheduler.LinearLR(optimizer, 0.01, 1.0, warmup)
@@ -168,7 +168,7 @@ def train(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, options: argparse.
 def generate(
     model: Qwen2ForCausalLM, tokenizer: Any, prompts: Sequence[str], tokens: int = 72, **sampling: Any
 ) -> list[str]:
-    """Generates responses of at most `tokens` tokens to the prompts, in their order."""
+    """Generate responses of at most `tokens` tokens to the prompts, in their order."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     responses = [""] * len(prompts)
     for rows in (order[i : i + 256] for i in range(0, len(order), 256)):
@@ -209,7 +209,7 @@ def accuracy_table(
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Parses and checks the options."""
+    """Parse and check the options."""
     parser = argparse.ArgumentParser(prog="python -m experiments.pretrain", description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path, required=True, help="folder for the model; new or empty")
     parser.add_argument("--force", action="store_true", help="write into a folder that is not empty")
@@ -246,7 +246,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Trains, evaluates and writes the model with a README; returns the exit code, 2 for a wrong option."""
+    """Train, evaluate and write the model with a README; return the exit code, 2 for a wrong option."""
     options = parse(arguments)
     torch.set_num_threads(options.threads)
     set_seed(options.seed)

@@ -112,7 +112,7 @@ class Settings:
 
 
 def _check_range(item: dataclasses.Field, value: Any, where: str) -> None:
-    """Refuses a number outside the range of its field."""
+    """Refuse a number outside the range of its field."""
     if "range" in item.metadata and isinstance(value, (int, float)) and not isinstance(value, bool):
         if problem := item.metadata["range"].problem(value):
             raise ConfigError(problem, where)

@@ -125,14 +125,14 @@ class Problems:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
-        """Keeps a ConfigError and lets any other exception pass."""
+        """Keep a ConfigError and let any other exception pass."""
         if not isinstance(error, ConfigError):
             return False
         self.errors += error.problems if isinstance(error, ConfigErrors) else [error]
         return True
 
     def raise_any(self) -> None:
-        """Raises the only error unchanged, several as ConfigErrors, and nothing if there was none."""
+        """Raise the only error unchanged, several as ConfigErrors, and nothing if there was none."""
         if len(self.errors) == 1:
             raise self.errors[0]
         if self.errors:

@@ -18,7 +18,7 @@ PAGE = DOCS / "performance.md"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Prints a bench's Markdown, or updates it in the docs; returns the exit code (2 bad input, 128 + signal)."""
+    """Print a bench's Markdown, or update it in the docs; return the exit code (2 bad input, 128 + signal)."""
     return cli.run_command(lambda given: _bench_command(given, is_program=arguments is None), arguments)
 
 

@@ -62,7 +62,7 @@ class Run:
     accuracies: dict[str, float] = field(default_factory=dict)
 
     def advance(self, settings: Settings) -> bool:
-        """Trains a chunk and evaluates; returns True if the run is finished."""
+        """Train a chunk and evaluate; return True if the run is finished."""
         count = min(settings.every, settings.steps - self.steps)
         began = cpu_seconds()
         self.seconds += self.child.ask("steps", count=count)["seconds"]
@@ -106,7 +106,7 @@ def _names(settings: Settings) -> list[str]:
 
 
 def race(seed: int, names: list[str], settings: Settings, start: Start = Child) -> dict[str, Run]:
-    """Runs all trainers with one seed, alternating in chunks, until each reaches the target or its last step."""
+    """Run all trainers with one seed, alternating in chunks, until each reaches the target or its last step."""
     common = (
         *("model=tiny", "data=arithmetic", f"seed={seed}", f"steps={settings.steps}", *PLAIN),
         *(f"prompts_per_step={settings.prompts}", f"group_size={settings.group}"),

@@ -92,7 +92,7 @@ def run(settings: Settings, probe: Callable[[Point], Measurement] | None = None)
 
 
 def launched(point: Point) -> Measurement:
-    """Measures a point in a new process, or in several processes that torchrun starts.
+    """Measure a point in a new process, or in several processes that torchrun starts.
 
     Raises:
         ConfigError: the process failed; the message has the end of its output.
@@ -176,7 +176,7 @@ class Point:
 
 
 def measured(point: Point) -> None:
-    """Prints the seconds of an update, its CPU time, its tokens, and the memory of the first beyond weights and engine.
+    """Print the seconds of an update, its CPU time, its tokens, and the memory of the first beyond weights and engine.
 
     CPU time is summed over ranks.
     """

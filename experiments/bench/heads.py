@@ -68,7 +68,7 @@ class Problem:
         return replace(self, hidden=hidden, targets=self.targets[:sequences])
 
     def clear(self) -> None:
-        """Removes the gradients."""
+        """Remove the gradients."""
         self.hidden.grad = self.weight.grad = None
 
 
@@ -181,7 +181,7 @@ class Reference(NamedTuple):
 
 @torch.no_grad()
 def reference(problem: Problem) -> Reference:
-    """Solves the problem in float64: with p = softmax(h·Wᵀ) the gradient of the logits is c·(1_y − p)."""
+    """Solve the problem in float64: with p = softmax(h·Wᵀ) the gradient of the logits is c·(1_y − p)."""
     hidden, weight, targets = problem.hidden.double(), problem.weight.double(), problem.targets[:, None]
     logs = (hidden @ weight.t()).log_softmax(dim=-1)
     logprobs = logs.gather(1, targets)[:, 0]

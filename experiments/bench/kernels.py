@@ -70,7 +70,7 @@ class Kernels(TorchDispatchMode):
 
     @contextmanager
     def inside(self, part: str) -> Iterator[None]:
-        """Counts all kernels in the block as of one part of the model."""
+        """Count all kernels in the block as of one part of the model."""
         before, self._part = self._part, part
         try:
             yield
@@ -79,7 +79,7 @@ class Kernels(TorchDispatchMode):
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Counts nothing."""
+        """Count nothing."""
         self._paused += 1
         try:
             yield

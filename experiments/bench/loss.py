@@ -187,7 +187,7 @@ class Ours:
         self.tokens = 0
 
     def __call__(self, rollouts: Sequence[Trajectory]) -> None:
-        """Runs an update without its step; leaves the gradient in the engine and the computed tokens in `tokens`."""
+        """Run an update without its step; leave the gradient in the engine and the computed tokens in `tokens`."""
         from upge.train.metrics import MetricSums
         from upge.train.moments import drop_gradient
         from upge.train.update import Update
@@ -199,7 +199,7 @@ class Ours:
         self.tokens = MetricSums.total(passes.sums).computed_tokens
 
     def gradient(self) -> list[Tensor]:
-        """Takes the flat gradients of all parameters out of the engine."""
+        """Take the flat gradients of all parameters out of the engine."""
         return self.engine.take_gradient()
 
 

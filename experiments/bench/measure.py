@@ -78,7 +78,7 @@ class Ending:
 
 @contextlib.contextmanager
 def until_signal() -> Iterator[Ending]:
-    """Leaves the block at SIGINT or SIGTERM and notes the signal."""
+    """Leave the block at SIGINT or SIGTERM and note the signal."""
     ending = Ending()
     try:
         yield ending
@@ -133,7 +133,7 @@ class Timing:
     signal: BaseException | None = None
 
     def check(self) -> None:
-        """Raises again what a signal raised. Call it when the rounds that are complete have been evaluated."""
+        """Raise again what a signal raised. Call this when the rounds that are complete have been evaluated."""
         if self.signal is not None:
             raise self.signal
 
@@ -183,7 +183,7 @@ def interleaved(
     cpu_clock: Callable[[], float] = cpu_seconds,
     label: str = "",
 ) -> Timing:
-    """Calls everything once per round with the round's number, from 0; the order rotates from round to round.
+    """Call everything once per round with the round's number, from 0; the order rotates from round to round.
 
     A signal ends it; if a round is complete by then, the result has the complete rounds and the signal, for
     `Timing.check`. `label` begins the line of each round.
@@ -213,7 +213,7 @@ def interleaved(
 def in_rounds(
     one_round: Callable[[int], T], count: int, line: Callable[[T], str], label: str = ""
 ) -> tuple[list[T], BaseException | None]:
-    """Calls `one_round` with 0, 1, ... and prints a line after each call.
+    """Call `one_round` with 0, 1, ... and print a line after each call.
 
     Returns:
         The results of the complete rounds, and what a signal raised, or None. With no complete round it is raised.

@@ -37,9 +37,9 @@ PEERS = {
 
 
 def enter(environment: Path = ROOT / ".venv-peers") -> None:
-    """Restarts this program in the peers' environment, if that exists and the program does not run there yet.
+    """Restart this program in the peers' environment, if that exists and the program does not run there yet.
 
-    Call it at the start of a program, because it replaces the process.
+    Call this at the start of a program, because it replaces the process.
     """
     python = environment / "bin" / "python"
     if python.exists() and Path(sys.prefix).resolve() != environment.resolve():
@@ -48,7 +48,7 @@ def enter(environment: Path = ROOT / ".venv-peers") -> None:
 
 @cache
 def load(name: str) -> ModuleType:
-    """Loads the module of a peer.
+    """Load the module of a peer.
 
     Raises:
         ImportError: the peer, or something that it needs, is not installed.
@@ -58,7 +58,7 @@ def load(name: str) -> ModuleType:
 
 
 def load_file(module: str, distribution: str) -> ModuleType:
-    """Loads one file of an installed distribution, without its package.
+    """Load one file of an installed distribution, without its package.
 
     Raises:
         ImportError: there is no such file.
@@ -164,7 +164,7 @@ class TRLLoss:
         return [{name: column[rows].to(device) for name, column in columns.items()} for rows in parts]
 
     def __call__(self, micro_batches: Sequence[dict[str, Any]]) -> None:
-        """Runs forward, loss and backward of a generation batch; the gradient stays in the model."""
+        """Run forward, loss and backward of a generation batch; the gradient stays in the model."""
         replaced, F.linear = F.linear, self._linear
         try:
             self.model.zero_grad(set_to_none=True)

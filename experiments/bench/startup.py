@@ -85,7 +85,7 @@ def table(timing: Timing) -> str:
 
 
 def _started(root: Path, arguments: Sequence[str], folder: Path, cache: str) -> Marks:
-    """Starts a run and returns its marks."""
+    """Start a run and return its marks."""
     number = len(list(folder.iterdir()))
     marks, output = folder / f"marks-{number}.jsonl", folder / f"run-{number}"
     environment = {**os.environ, "UPGE_CACHE": str(folder / cache)}

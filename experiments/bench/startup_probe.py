@@ -30,7 +30,7 @@ LAST = "first step"
 
 
 def main(file: str, begun: float, arguments: list[str]) -> int:
-    """Runs up to the last mark; returns the exit code of the run if it ends earlier."""
+    """Run up to the last mark; return the exit code of the run if it ends earlier."""
 
     def mark(name: str) -> None:
         with open(file, "a", encoding="utf-8") as marks:

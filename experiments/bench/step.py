@@ -131,7 +131,7 @@ def _cases(settings: Settings) -> list[Case]:
 
 
 def measure(case: Case, engines: list[str], settings: Settings, start: Start = Child) -> Outcome:
-    """Starts the trainers of a case one after the other, compares their gradients, and times alternating steps."""
+    """Start the trainers of a case one after the other, compare their gradients, and time alternating steps."""
     steps = f"steps={1 + settings.warmup + settings.pairs}"
     with tempfile.TemporaryDirectory() as place, ExitStack() as stack:
         folder = Path(place)

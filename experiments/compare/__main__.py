@@ -43,7 +43,7 @@ class Settings:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit code (0 done, 2 bad input)."""
+    """Run the command line; return the exit code (0 done, 2 bad input)."""
     return cli.run_command(_compare, arguments, help_text)
 
 
@@ -65,7 +65,7 @@ def _compare(arguments: list[str]) -> int:
 
 
 def read(arguments: Sequence[str]) -> Settings:
-    """Reads a command line; a folder may have = in its name, as those of sweeps do.
+    """Read a command line; a folder may have = in its name, as those of sweeps do.
 
     Raises:
         ConfigError: an unknown key, or an invalid value.
@@ -91,7 +91,7 @@ def read(arguments: Sequence[str]) -> Settings:
 
 
 def compare(runs: Sequence[Run], settings: Settings) -> Comparison:
-    """Computes everything that is shown and written."""
+    """Compute everything that is shown and written."""
     scores = Scores.of(runs)
     first, *others = runs
     pairs = []
@@ -105,7 +105,7 @@ def compare(runs: Sequence[Run], settings: Settings) -> Comparison:
 
 
 def show(comparison: Comparison, console: Console) -> None:
-    """Prints the tables and the notes."""
+    """Print the tables and the notes."""
     grids = [score_grid(comparison.scores), pass_grid(comparison.scores)]
     for pair in comparison.pairs:
         grids += [gap_grid(pair.first, pair.second, pair.gaps)] if pair.gaps else []

@@ -56,7 +56,7 @@ class Pairing:
 
 
 def load(paths: Sequence[str], names: Sequence[str] = ()) -> list[Run]:
-    """Reads the evaluations in the folders `paths`; `names` are the displayed names, by default the folders' own.
+    """Read the evaluations in the folders `paths`; `names` are the displayed names, by default the folders' own.
 
     Raises:
         UserError: there are no folders, a folder or a name occurs twice, or there are not as many names as folders.
@@ -78,7 +78,7 @@ def load(paths: Sequence[str], names: Sequence[str] = ()) -> list[Run]:
 
 
 def pairing(first: Outcomes, second: Outcomes) -> Pairing:
-    """Pairs the problems of `first` and `second` that have the same id and answer."""
+    """Pair the problems of `first` and `second` that have the same id and answer."""
     ours, theirs = ({id: place for place, id in enumerate(one.ids)} for one in (first, second))
     both = [id for id in ours if id in theirs]
     same = [id for id in both if first.answers[ours[id]] == second.answers[theirs[id]]]

@@ -35,7 +35,7 @@ class Scores:
 
     @classmethod
     def of(cls, runs: Sequence[Run]) -> Scores:
-        """Computes the scores of `runs`."""
+        """Compute the scores of `runs`."""
         groups = benchmarks(runs)
         per_benchmark, averages = {}, {}
         for run in runs:
@@ -233,7 +233,7 @@ def _values(first: Outcomes, second: Outcomes, ks: Sequence[int]) -> list[dict[s
 
 
 def _adjusted(singles: Sequence[Gap]) -> list[Gap]:
-    """Adds Holm's p-values; avg and pass@k are two families of tests over the benchmarks."""
+    """Add Holm's p-values; avg and pass@k are two families of tests over the benchmarks."""
     adjusted = list(singles)
     for kind in ("avg", "pass"):
         places = [place for place, gap in enumerate(singles) if gap.measure.startswith(kind)]

@@ -46,7 +46,7 @@ class Comparison:
 
 
 def files(comparison: Comparison, folder: Path) -> list[Path]:
-    """Creates `folder`, writes all files into it, and returns their paths.
+    """Create `folder`, write all files into it, and return their paths.
 
     Raises:
         DataError: the files cannot be written.
@@ -178,7 +178,7 @@ def panels(scores: Scores) -> list[Panel]:
 
 
 def draw(panels: Sequence[Panel], names: Sequence[str], folder: Path) -> list[Path]:
-    """Writes passk.png and passk.svg into `folder`; `names` are all runs, which have the same color in every panel."""
+    """Write passk.png and passk.svg into `folder`; `names` are all runs, which have the same color in every panel."""
     columns = 2 if len(panels) == 4 else min(3, len(panels))
 
     def draw_one(axes, panel: Panel, place: int) -> dict[str, Line2D]:

@@ -50,7 +50,7 @@ compdef _upge upge
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Prints the script of a shell; returns the exit code."""
+    """Print the script of a shell; return the exit code."""
     return cli.run_command(_completion, arguments, help_text)
 
 

@@ -233,7 +233,7 @@ def _parse(arguments: Sequence[str]) -> tuple[str | None, list[str], list[str]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Prints the description, or updates the docs; returns the exit code, 2 on bad input."""
+    """Print the description, or update the docs; return the exit code, 2 on bad input."""
     return cli.run_command(_describe, arguments, lambda everything: str(__doc__))
 
 

@@ -22,7 +22,7 @@ from upge.errors import ConfigError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit code (0 done, 2 bad input)."""
+    """Run the command line; return the exit code (0 done, 2 bad input)."""
     return cli.run_command(_diagnose, arguments, help_text)
 
 

@@ -27,7 +27,7 @@ class Best:
 
 
 def best_of(estimates: Sequence[Estimated]) -> Best:
-    """Compares the highest value with every other by their intervals: i is below if high_i < low_best."""
+    """Compare the highest value with every other by their intervals: i is below if high_i < low_best."""
     known = [i for i, one in enumerate(estimates) if not math.isnan(one.value)]
     if not known:
         return Best(None)

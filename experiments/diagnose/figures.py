@@ -41,7 +41,7 @@ def kind(source: str) -> str:
 
 
 def logarithmic(axes) -> None:
-    """Makes the vertical axis logarithmic, with plain numbers such as 0.05."""
+    """Make the vertical axis logarithmic, with plain numbers such as 0.05."""
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -49,7 +49,7 @@ def logarithmic(axes) -> None:
 
 
 def legend(figure: Figure, axes, columns: int) -> None:
-    """Puts a legend of one panel's lines below the figure; nothing if there are none."""
+    """Put a legend of one panel's lines below the figure; nothing if there are none."""
     handles, labels = axes.get_legend_handles_labels()
     if handles:
         figure.legend(handles, labels, loc="outside lower left", ncols=columns, frameon=False)
@@ -64,7 +64,7 @@ def numbered(index: int) -> dict[str, str]:
 def draw_line(
     axes, points: Sequence[tuple[float, Estimated]], floor: float = -math.inf, shift: float = 0.0, **style: Any
 ) -> None:
-    """Draws a line through estimates at (x, estimate), with their intervals; values below the floor are drawn at it.
+    """Draw a line through estimates at (x, estimate), with their intervals; values below the floor are drawn at it.
 
     `shift` moves the line to the right, in points, so that the intervals of several lines do not cover each other.
     """
@@ -89,7 +89,7 @@ _SMALL = 8.3
 
 
 def bias_variance(result: Result, folder: Path) -> list[Path]:
-    """Draws bias_variance: the angle between mean and true gradient, and the noise of one batch."""
+    """Draw bias_variance: the angle between mean and true gradient, and the noise of one batch."""
     shown = [one for one in result.different(parts=False) if _angle(one) is not None]
     return save(folder, "bias_variance", (8.6, 5.6), lambda figure: _draw(figure, result, shown)) if shown else []
 
@@ -145,7 +145,7 @@ def _draw(figure: Figure, result: Result, shown: Sequence[Measured]) -> None:
 
 
 def _contours(axes, right: float, low: float, high: float) -> None:
-    """Draws lines of equal cosine/√(1 + noise²): along a line, a step of a given length gains equally."""
+    """Draw lines of equal cosine/√(1 + noise²): along a line, a step of a given length gains equally."""
     angles = np.linspace(0, min(right, 89.99), 400)
     for number, level in enumerate(_CONTOURS):
         with np.errstate(invalid="ignore"):
@@ -161,7 +161,7 @@ def _contours(axes, right: float, low: float, high: float) -> None:
 
 
 def _names(figure: Figure, axes, result: Result, shown: Sequence[Measured]) -> None:
-    """Puts names next to their points without overlaps; distant names get a thin line to their point."""
+    """Put names next to their points without overlaps; distant names get a thin line to their point."""
     figure.draw_without_rendering()  # determines the positions of the points on the figure
     renderer = FigureCanvasAgg(figure).get_renderer()
     points = [axes.transData.transform((_angle(one)[0], one.overall.noise.value)) for one in shown]
@@ -190,7 +190,7 @@ def _names(figure: Figure, axes, result: Result, shown: Sequence[Measured]) -> N
 def free_place(
     point: tuple[float, float], size: tuple[float, float], taken: Sequence[Bbox], inside: Bbox
 ) -> tuple[float, float]:
-    """Finds a place for a name next to its point.
+    """Find a place for a name next to its point.
 
     All arguments are in pixels. The name must not overlap the boxes `taken`, and must stay `inside`.
 
@@ -211,7 +211,7 @@ def free_place(
 
 
 def cosines(result: Result, folder: Path) -> list[Path]:
-    """Draws cosines: a heat map of the mean gradients with each other, with ∇E[R] and with imitation."""
+    """Draw cosines: a heat map of the mean gradients with each other, with ∇E[R] and with imitation."""
     order = ("rollouts", "both", "pairs", "demonstrations")
     shown = sorted(result.different(parts=False), key=lambda one: order.index(kind(one.source)))
     if len(shown) < 2:

@@ -23,7 +23,7 @@ _WIDEST = 1.0
 
 
 def signal(result: Result, folder: Path) -> list[Path]:
-    """Draws signal_by_pass_rate: signal to noise by pass rate, alignment by successes and by threshold."""
+    """Draw signal_by_pass_rate: signal to noise by pass rate, alignment by successes and by threshold."""
     shown = chosen(result)
     if not result.bins or not shown:
         return []
@@ -51,7 +51,7 @@ def chosen(result: Result) -> list[Measured]:
 
 
 def conflict(result: Result, folder: Path) -> list[Path]:
-    """Draws conflict: the cosine between the mean gradients of rollouts and demonstrations, by pass rate."""
+    """Draw conflict: the cosine between the mean gradients of rollouts and demonstrations, by pass rate."""
     if not result.conflicts:
         return []
 
@@ -112,7 +112,7 @@ def _by_count(axes, result: Result, shown: Sequence[Measured]) -> None:
 
 
 def _by_threshold(axes, result: Result) -> None:
-    """Draws a line per algorithm; a circle marks the best threshold if its interval is above all others."""
+    """Draw a line per algorithm; a circle marks the best threshold if its interval is above all others."""
     circled = False
     for index, (name, points) in enumerate(result.thresholds.items()):
         at, values = [one.threshold for one in points], [one.overall.alignment for one in points]
@@ -149,7 +149,7 @@ def _is_precise(estimate: Estimated) -> bool:
 
 
 def over_training(results: Sequence[Result], folder: Path) -> list[Path]:
-    """Draws over_training: cosine, signal to noise, alignment and conflict of every policy, in their order."""
+    """Draw over_training: cosine, signal to noise, alignment and conflict of every policy, in their order."""
     if len(results) < 2:
         return []
     names = [one.name for one in results[0].different(parts=False)]

@@ -115,7 +115,7 @@ def measure(
     others: Mapping[str, ModelConfig],
     say: Callable[[str], None],
 ) -> Result:
-    """Samples and measures one policy; `say` prints a line of progress.
+    """Sample and measure one policy; `say` prints a line of progress.
 
     Args:
         others: 'reference' → the model of the reference log-probs, 'behavior' → the model that the batches are sampled
@@ -227,7 +227,7 @@ def _results(
 
 
 def _check_distributions(pairs: Sequence[Pair], scores: ModelScores, models: int, terms: int) -> None:
-    """Raises ConfigError if the distributions of the models at the pool's tokens do not fit into memory."""
+    """Raise ConfigError if the distributions of the models at the pool's tokens do not fit into memory."""
     # `Directions` keeps each response's direction twice in float64, for each term on the vocabulary.
     size = (4 * models + 16 * terms) * sum(len(response) for _, response in pairs) * scores.vocabulary
     free = psutil.virtual_memory().available
@@ -240,7 +240,7 @@ def _check_distributions(pairs: Sequence[Pair], scores: ModelScores, models: int
 
 
 def _check_memory(sketch: int, count: int, pool: Pool, scores: ModelScores) -> None:
-    """Raises ConfigError if the gradients do not fit into memory."""
+    """Raise ConfigError if the gradients do not fit into memory."""
     parts = len(pool.reference[0])
     numbers = (count + pool.prompts * (pool.rounds * 3 + parts)) * scores.width
     free = psutil.virtual_memory().available

@@ -93,7 +93,7 @@ def model_of(name: str, base: ModelConfig) -> ModelConfig:
 
 
 def load_model(model: ModelConfig) -> torch.nn.Module:
-    """Loads the causal LM in its dtype, on a GPU if there is one.
+    """Load the causal LM in its dtype, on a GPU if there is one.
 
     Raises:
         ModelError: it cannot be loaded or is incomplete.
@@ -145,7 +145,7 @@ def _of_run(folder: RunFolder, base: ModelConfig, scratch: Path) -> Iterator[Pol
 
 
 def unpack(checkpoints: Path, tag: str, model: ModelConfig, folder: Path) -> None:
-    """Writes the weights of a checkpoint of a run that started from `model`, in Hugging Face format.
+    """Write the weights of a checkpoint of a run that started from `model`, in Hugging Face format.
 
     A run with LoRA saved its adapters only; they are added to `model`.
 
@@ -279,7 +279,7 @@ class Draws:
 def sample(
     chosen: Chosen, prompts: Problems, model: ModelConfig, behavior: ModelConfig | None, say: Callable[[str], None]
 ) -> Sampled:
-    """Samples and verifies all rollouts of a pool: those of the batches from `behavior`, the others from `model`."""
+    """Sample and verify all rollouts of a pool: those of the batches from `behavior`, the others from `model`."""
     config, run = chosen.config, chosen.run
     length = run.rollout.max_prompt_tokens + run.rollout.max_response_tokens
     size, parted = _parted(config.reference)

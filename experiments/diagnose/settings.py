@@ -108,7 +108,7 @@ class Chosen:
 
 
 def without_pairs(chosen: Chosen) -> tuple[Chosen, list[str]]:
-    """Removes the algorithms that learn from preference pairs, and returns their names.
+    """Remove the algorithms that learn from preference pairs, and return their names.
 
     Raises:
         ConfigError: no other algorithm is left.
@@ -163,7 +163,7 @@ def choose(arguments: Sequence[str]) -> Chosen:
 
 
 def _check_exact(given: Sequence[str]) -> None:
-    """Refuses settings of a model or of sampling with exact=true."""
+    """Refuse settings of a model or of sampling with exact=true."""
     idle = [name for name in given if name not in ("exact", "algos", "group_size", "output")]
     if idle:
         raise ConfigError(

@@ -157,7 +157,7 @@ FIGURES = {
 
 
 def files(results: Sequence[Result], metadata: Mapping[str, Any], notes: Sequence[str], folder: Path) -> list[Path]:
-    """Writes all files into `folder`, with a subfolder per policy if there are several; returns their paths.
+    """Write all files into `folder`, with a subfolder per policy if there are several; return their paths.
 
     Raises:
         DataError: the files cannot be written.

@@ -29,7 +29,7 @@ this file to a bug report. gpus=N starts one process for each of N GPUs. The exi
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit code (0 no problem, 1 some problem, 2 bad input)."""
+    """Run the command line; return the exit code (0 no problem, 1 some problem, 2 bad input)."""
     return cli.run_command(lambda given: _doctor(given, is_program=arguments is None), arguments, help_text)
 
 
@@ -125,7 +125,7 @@ class CheckUp:
         return [row for row in rows if row.verdict is Verdict.PROBLEM]
 
     def report(self, rows: Sequence[Any]) -> None:
-        """Prints the table and writes doctor.json; on rank 0."""
+        """Print the table and write doctor.json; on rank 0."""
         from rich.console import Console
 
         console = Console(highlight=False)
@@ -179,7 +179,7 @@ class CheckUp:
 
 
 def print_rows(rows: Sequence[Any], console: Any) -> None:
-    """Prints a table of rows, and what to do about each problem below it."""
+    """Print a table of rows, and what to do about each problem below it."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text

@@ -252,7 +252,7 @@ def _which(context: Context, model: ModelConfig) -> str:
 
 @contextmanager
 def _all_cores(world: World) -> Iterator[None]:
-    """Lets the plain model use all cores while the ranks' own models use GPUs; torchrun sets one thread."""
+    """Let the plain model use all cores while the ranks' own models use GPUs; torchrun sets one thread."""
     before = torch.get_num_threads()
     if world.is_main and world.device.type == "cuda":
         torch.set_num_threads(max(before, len(os.sched_getaffinity(0))))

@@ -172,7 +172,7 @@ def _failures(name: str, values: Sequence[Any]) -> Iterator[Row]:
 def _time_limit(
     name: str, context: Context, rows: list[Row], on_timeout: Callable[[list[Row]], None]
 ) -> Iterator[None]:
-    """Ends the process if the block does not end in time."""
+    """End the process if the block does not end in time."""
 
     def end() -> None:
         if context.world.is_main:

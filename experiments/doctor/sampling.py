@@ -92,7 +92,7 @@ class Pair:
         return Gap(_largest([one for one, _ in numbers]), sum(mean for _, mean in numbers) / self.world.size)
 
     def refresh(self) -> float:
-        """Refreshes the sampler; returns the slowest rank's seconds."""
+        """Refresh the sampler; return the slowest rank's seconds."""
         return max(self.context.gather(self.sync.refresh()))
 
     def update(self, trajectories: list[Trajectory], lr: float) -> float:
@@ -154,7 +154,7 @@ def _compared(pair: Pair) -> Iterator[Row]:
 
 
 def _slept(pair: Pair) -> Row:
-    """Puts the sampler to sleep; on a GPU vLLM must free the memory of its weights and cache."""
+    """Put the sampler to sleep; on a GPU vLLM must free the memory of its weights and cache."""
     device = pair.world.device
     before = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
     pair.sync.sleep()
@@ -168,7 +168,7 @@ def _slept(pair: Pair) -> Row:
 
 
 def _moved(pair: Pair, trajectories: list[Trajectory], rollouts: list[list[Rollout]]) -> tuple[float, Gap]:
-    """Updates the policy until a stale sampler would be noticed; returns the last update's seconds and the gap then.
+    """Update the policy until a stale sampler would be noticed; return the last update's seconds and the gap then.
 
     There are at least two updates, because the first one also compiles.
     """

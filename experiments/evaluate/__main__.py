@@ -34,7 +34,7 @@ COMMON = (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit code (0 done, 1 failed, 2 bad input, 3 not finite, 128 + signal)."""
+    """Run the command line; return the exit code (0 done, 1 failed, 2 bad input, 3 not finite, 128 + signal)."""
     code = cli.run_command(_stoppable, arguments, help_text)
     if arguments is None:
         leave(None, code)
@@ -84,7 +84,7 @@ def _evaluate(arguments: Sequence[str], dry_run: bool) -> int:
 
 
 def _evaluate_into(folder: Any, chosen: Any, prepared: Any, arguments: Sequence[str]) -> int:
-    """Samples what is missing in the folder and scores it."""
+    """Sample what is missing in the folder and score it."""
     from upge.evaluation.scores import suite_scores
 
     benchmarks = [one.benchmark for one in prepared.questions]
@@ -113,7 +113,7 @@ def _evaluate_into(folder: Any, chosen: Any, prepared: Any, arguments: Sequence[
 
 @contextmanager
 def _failures_explained(folder: Any) -> Iterator[None]:
-    """Adds to the error of a failed engine or a full memory how to continue.
+    """Add to the error of a failed engine or a full memory how to continue.
 
     Raises:
         CapacityError: the memory is used up.
@@ -135,7 +135,7 @@ def _failures_explained(folder: Any) -> Iterator[None]:
 
 
 def _sample(chosen: Any, prepared: Any, total: int, missing: int, arguments: Sequence[str]) -> None:
-    """Samples the missing responses."""
+    """Sample the missing responses."""
     from experiments.evaluate.prepare import check_unchanged
     from experiments.run.prepare import load_sampler, verifier_pool
     from upge.evaluation.evaluator import Evaluator
@@ -259,25 +259,25 @@ class Progress:
         self._bar.close()
 
     def begin(self, name: str) -> None:
-        """Starts the next benchmark."""
+        """Start the next benchmark."""
         self._right = self._seen = 0
         self._bar.set_description(name, refresh=False)
 
     def wrote(self, sample: Any) -> None:
-        """Counts a response that has been verified and written."""
+        """Count a response that has been verified and written."""
         self._seen += 1
         self._right += sample.correct
         self._bar.set_postfix({"right": f"{100 * self._right / self._seen:.1f} %"}, refresh=False)
         self._bar.update()
 
     def say(self, text: str) -> None:
-        """Prints a line to standard output without breaking the bar."""
+        """Print a line to standard output without breaking the bar."""
         tqdm.write(text)
         sys.stdout.flush()
 
 
 def _columns(rows: Sequence[Sequence[Any]]) -> str:
-    """Aligns cells in columns; columns of numbers are right-aligned."""
+    """Align cells in columns; columns of numbers are right-aligned."""
     widths = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]))]
     right = [all(isinstance(row[i], int) or row[i] == "" for row in rows[1:]) for i in range(len(rows[0]))]
     lines = ([f"{cell!s:{'>' if right[i] else '<'}{widths[i]}}" for i, cell in enumerate(row)] for row in rows)

@@ -32,7 +32,7 @@ class EvaluationFolder:
         self.path = path
 
     def open(self, config: Mapping[str, Any], resume: str) -> bool:
-        """Checks that this evaluation may write here; True if it continues another. Nothing is written.
+        """Check that this evaluation may write here; True if it continues another. Nothing is written.
 
         Raises:
             ConfigError: the folder cannot be made, holds something else or an evaluation with other settings, or has
@@ -71,7 +71,7 @@ class EvaluationFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Locks the folder in the block, so that no other evaluation writes there.
+        """Lock the folder in the block, so that no other evaluation writes there.
 
         Raises:
             ConfigError: another evaluation holds the lock.
@@ -81,7 +81,7 @@ class EvaluationFolder:
             yield
 
     def check_weights(self, weights: dict[str, str], model: str) -> None:
-        """Checks that the weights (`fingerprint`) are those that drew the samples in the folder.
+        """Check that the weights (`fingerprint`) are those that drew the samples in the folder.
 
         Raises:
             ConfigError: they are not; the message names the first file, or the hub's commit, that differs.
@@ -95,7 +95,7 @@ class EvaluationFolder:
             )
 
     def start(self, config: Mapping[str, Any], metadata: Mapping[str, Any]) -> list[str]:
-        """Writes the settings and the metadata about this start; earlier starts stay listed.
+        """Write the settings and the metadata about this start; earlier starts stay listed.
 
         A start that samples nothing has no `engine`. It is only listed, because the rest describes the samples.
 
@@ -122,7 +122,7 @@ class EvaluationFolder:
         return SampleFile(self.path / "samples" / f"{benchmark}.jsonl")
 
     def finish(self, scores: Mapping[str, Any]) -> None:
-        """Writes scores.json."""
+        """Write scores.json."""
         self._write("scores.json", scores)
 
     def _metadata(self) -> dict[str, Any]:
@@ -181,7 +181,7 @@ PROBE = 1 << 22
 
 
 def fingerprint(path: str) -> dict[str, str]:
-    """Identifies the weights of a model without reading all of them, which would take as long as loading.
+    """Identify the weights of a model without reading all of them, which would take as long as loading.
 
     Returns:
         For a folder, file → size and a hash of three parts of it, for every file of weights. For a hub name, {"commit":

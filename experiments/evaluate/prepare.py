@@ -132,7 +132,7 @@ def keys() -> list[tuple[str, Any, str]]:
 
 
 def _check_key(name: str, suite: Any) -> None:
-    """Refuses a key that an evaluation does not have."""
+    """Refuse a key that an evaluation does not have."""
     known = [row[0] for row in keys() if not row[0].startswith("suite.benchmarks")]
     if name.startswith("suite.benchmarks."):
         _, _, benchmark, *rest = name.split(".")
@@ -187,7 +187,7 @@ class Prepared:
 
 
 def prepare(chosen: Chosen) -> Prepared:
-    """Loads and checks everything that an evaluation needs besides the weights.
+    """Load and check everything that an evaluation needs besides the weights.
 
     Raises:
         UserError: the first thing that is wrong; the message names the key or file, its value and the fix.
@@ -224,7 +224,7 @@ def prepare(chosen: Chosen) -> Prepared:
 
 
 def check_unchanged(prepared: Prepared) -> None:
-    """Checks, once the model is loaded, that its weights are still those that were checked before.
+    """Check, once the model is loaded, that its weights are still those that were checked before.
 
     Raises:
         ModelError: they were overwritten while they were loaded.
@@ -263,7 +263,7 @@ def _verifiers(benchmarks: Sequence[Benchmark]) -> tuple[tuple[str, ...], list[s
 
 
 def _check_model(model: ModelConfig) -> None:
-    """Refuses a run's folder; the model is in a folder below it."""
+    """Refuse a run's folder; the model is in a folder below it."""
     path = Path(model.path).expanduser()
     inner = [name for name in ("final", "best") if (path / name / "config.json").is_file()]
     if inner and not (path / "config.json").is_file():

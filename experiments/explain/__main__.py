@@ -31,7 +31,7 @@ _ABSENT = object()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Prints the explanations; returns the exit code, 2 for a key that does not exist."""
+    """Print the explanations; return the exit code, 2 for a key that does not exist."""
     return cli.run_command(_explain, arguments, help_text)
 
 

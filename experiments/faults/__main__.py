@@ -65,7 +65,7 @@ class Noticed:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit code (0 just the faults were noticed, 1 otherwise, 2 bad input)."""
+    """Run the command line; return the exit code (0 just the faults were noticed, 1 otherwise, 2 bad input)."""
     return cli.run_command(_faults, arguments, lambda everything: str(__doc__))
 
 
@@ -109,7 +109,7 @@ def _settings(arguments: Sequence[str]) -> tuple[list[str], Path]:
 
 
 def noticed(fault: str, folder: Path) -> Noticed:
-    """Runs the check-up and a short run with a fault, in `folder`, and reads what they noticed.
+    """Run the check-up and a short run with a fault, in `folder`, and read what they noticed.
 
     Raises:
         RuntimeError: one of them ended with an unexpected exit code.
@@ -147,7 +147,7 @@ def algorithm(fault: str) -> list[str]:
 
 
 def _started(module: str, *arguments: str) -> tuple[float, str, int]:
-    """Runs a command in a process of its own: its seconds, its standard error, its exit code."""
+    """Run a command in a process of its own: its seconds, its standard error, its exit code."""
     began = time.perf_counter()
     environment = {**os.environ, "TQDM_MININTERVAL": "60"}
     command = [sys.executable, "-m", module, *arguments]

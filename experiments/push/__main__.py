@@ -35,7 +35,7 @@ class PushConfig(Settings):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Uploads the model; returns the exit code."""
+    """Upload the model; return the exit code."""
     return cli.run_command(_push, arguments, help_text)
 
 
@@ -93,14 +93,14 @@ def finished(path: Path) -> RunFolder:
 
 
 def write_card(folder: RunFolder, name: str) -> None:
-    """Writes final/README.md from the run, unless there is one."""
+    """Write final/README.md from the run, unless there is one."""
     path = folder.final / CARD
     if not path.exists():
         write_atomically(path, card(read_run(folder.path), name))
 
 
 def upload(folder: RunFolder, config: PushConfig) -> str:
-    """Uploads final/; returns the address of the commit.
+    """Upload final/; return the address of the commit.
 
     Raises:
         ConfigError: the hub refuses it, or cannot be reached.

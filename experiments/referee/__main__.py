@@ -18,7 +18,7 @@ from upge.errors import ConfigError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Prints the tables; returns the exit code: 2 on bad input, 1 if a version could not be judged."""
+    """Print the tables; return the exit code: 2 on bad input, 1 if a version could not be judged."""
     return cli.run_command(_referee, arguments, help_text)
 
 
@@ -53,7 +53,7 @@ def _referee(arguments: list[str]) -> int:
 
 
 def _own_loss(config: RefereeConfig) -> int:
-    """Judges `loss`; prints a line per layout."""
+    """Judge `loss`; print a line per layout."""
     from dataclasses import asdict
 
     from experiments.grid import markdown_table

@@ -79,7 +79,7 @@ class Verdict:
 
 
 def compare(theirs: Tensor, algorithm: Algorithm, batch: Batch, layout: Layout) -> Verdict:
-    """Compares the weights [B, T] of another side with those of `algorithm`."""
+    """Compare the weights [B, T] of another side with those of `algorithm`."""
     if not bool(theirs.isfinite().all()):
         return Verdict(float("nan"), float("nan"), "not finite", f"{int((~theirs.isfinite()).sum())} tokens")
     if not bool(theirs.any()):

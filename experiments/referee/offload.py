@@ -58,7 +58,7 @@ def shares(deepspeed: Any, accumulation: int, passes: int) -> list[float]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Prints the shares of every run as JSON."""
+    """Print the shares of every run as JSON."""
     folders = sys.argv[1:] if arguments is None else arguments
     sys.path[:0] = folders
     with socket.socket() as free:

@@ -174,4 +174,4 @@ class _ListOrTable(defaultdict):
         super().__init__(list)
 
     def append(self, value: Any) -> None:
-        """Drops the value."""
+        """Drop the value."""

@@ -74,7 +74,7 @@ class StubModule(ModuleType):
 
 
 def install(own: Sequence[str], real: Callable[..., Any] = builtins.__import__) -> list[str]:
-    """Replaces the process's import; returns the list to which the names of stubs are added.
+    """Replace the process's import; return the list to which the names of stubs are added.
 
     Args:
         own: the framework's packages, whose own modules must be there.

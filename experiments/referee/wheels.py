@@ -38,7 +38,7 @@ def importable(distribution: str, version: str) -> Path:
 
 
 def fetch(distribution: str, version: str) -> Path:
-    """Downloads and unpacks a version unless it is cached; returns the folder for the import path.
+    """Download and unpack a version unless it is cached; return the folder for the import path.
 
     Raises:
         ConfigError: pip cannot download it.
@@ -76,5 +76,5 @@ def _unpack(archive: Path, into: Path) -> None:
 
 
 def forget(distribution: str, version: str) -> None:
-    """Removes a version from the cache."""
+    """Remove a version from the cache."""
     shutil.rmtree(folder(distribution, version), ignore_errors=True)

@@ -70,7 +70,7 @@ def judge_all(framework: ModuleType) -> list[Row]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Prints the rows as JSON."""
+    """Print the rows as JSON."""
     name, *folders = sys.argv[1:] if arguments is None else arguments
     import torch
 

@@ -115,6 +115,6 @@ def _html(table: Table) -> str:
 
 
 def write_page(path: Path, found: Sequence[Result]) -> None:
-    """Writes the HTML page."""
+    """Write the HTML page."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(web_page(found), "utf-8")

@@ -22,7 +22,7 @@ from experiments.files import DOCS, command, git_commit, now, replace_block, ver
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit code (0 done, 2 bad input)."""
+    """Run the command line; return the exit code (0 done, 2 bad input)."""
     return cli.run_command(_regret, arguments, help_text)
 
 
@@ -86,7 +86,7 @@ def _regret(arguments: Sequence[str]) -> int:
 
 
 def _update_docs(section: str, drawn: Sequence[Path]) -> None:
-    """Replaces the generated part of docs/regret.md, and its figures."""
+    """Replace the generated part of docs/regret.md, and its figures."""
     page = DOCS / "regret.md"
     begin, end = "<!-- regret: begin -->\n", "<!-- regret: end -->"
     text = replace_block(page.read_text("utf-8"), page.name, begin, end, section, "where the results go")

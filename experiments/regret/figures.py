@@ -22,7 +22,7 @@ _MARKERS = {"rollouts": "o", "demonstration": "s", "both": "D"}
 
 
 def draw(result: Result, analyses: Sequence[Analysis], name: str, folder: Path) -> list[Path]:
-    """Draws NAME: `analyses` are those of one rule, the accuracy first."""
+    """Draw NAME: `analyses` are those of one rule, the accuracy first."""
 
     def drawing(figure: Figure) -> None:
         (first, second), (third, fourth) = figure.subplots(2, 2, height_ratios=(1, 1.35))

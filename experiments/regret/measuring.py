@@ -132,7 +132,7 @@ class Directions:
 
 
 def draw(chosen: Chosen, problems: Problems, model: ModelConfig, say: Callable[[str], None]) -> tuple[Pool, HeldOut]:
-    """Samples the groups, and the rollouts of the held-out problems.
+    """Sample the groups, and the rollouts of the held-out problems.
 
     Raises:
         ConfigError: a held-out problem has no demonstration.
@@ -163,7 +163,7 @@ def draw(chosen: Chosen, problems: Problems, model: ModelConfig, say: Callable[[
 
 
 def measure(chosen: Chosen, problems: Problems, policy: Policy, say: Callable[[str], None]) -> Result:
-    """Samples and measures one policy; `say` prints a line of progress."""
+    """Sample and measure one policy; `say` prints a line of progress."""
     began = time.perf_counter()
     pool, held_out = draw(chosen, problems, policy.model, say)
     sampled = time.perf_counter()
@@ -189,7 +189,7 @@ def measure(chosen: Chosen, problems: Problems, policy: Policy, say: Callable[[s
 def measured(
     chosen: Chosen, pool: Pool, held_out: HeldOut, scores: ModelScores, columns: Mapping[Pair, Columns]
 ) -> Result:
-    """Measures a pool with one prompt in each batch.
+    """Measure a pool with one prompt in each batch.
 
     Args:
         columns: as for `upge.measure.batches`.
@@ -293,7 +293,7 @@ def _finite(
     scale: Tensor,
     parts: Mapping[str, Float[Tensor, "H p"]],
 ) -> tuple[Finite, ...]:
-    """Makes the steps of `finite` prompts, each on its first group with a signal of both kinds, and measures them."""
+    """Make the steps of `finite` prompts, each on its first group with a signal of both kinds, and measure them."""
     config = chosen.config
     usable = [number for number, one in enumerate(groups) if one.rollouts and one.demonstrations]
     first = {prompts[n]: n for n in reversed(usable)}

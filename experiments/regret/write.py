@@ -156,7 +156,7 @@ def summary(analyzed: Analyzed) -> str:
 
 
 def files(policies: Sequence[Analyzed], metadata: Mapping[str, Any], notes: Sequence[str], folder: Path) -> list[Path]:
-    """Writes all files into `folder`; returns their paths.
+    """Write all files into `folder`; return their paths.
 
     Raises:
         DataError: the files cannot be written.

@@ -17,7 +17,7 @@ from upge.errors import UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Writes a report for each folder; returns the exit code, 2 if one of them is not the folder of a run."""
+    """Write a report for each folder; return the exit code, 2 if one of them is not the folder of a run."""
     return cli.run_command(_report, arguments)
 
 

@@ -60,9 +60,9 @@ def color_name(plot: Plot, index: int) -> str:
 
 
 def draw(plot: Plot, series: Sequence[Series], marks: Sequence[float] = ()) -> str:
-    """Draws `plot` as an SVG element without XML header, sized by the page, with `describe` as its label.
+    """Draw `plot` as an SVG element without XML header, sized by the page, with `describe` as its label.
 
-    At the steps `marks` it draws vertical lines, where a stage of the run ends and the next begins.
+    At the steps `marks` draw vertical lines, where a stage of the run ends and the next begins.
     """
     with matplotlib.rc_context(_STYLE | {"svg.hashsalt": plot.identifier}):
         figure = Figure(figsize=(5, 2.7))
@@ -107,7 +107,7 @@ def _draw_lines(axes, series: Sequence[Series], colors: Sequence[str]) -> None:
 
 
 def _draw_bands(axes, series: Sequence[Series], colors: Sequence[str]) -> None:
-    """Draws areas around the line; in a long run their edges are averages over bins, as the line is."""
+    """Draw areas around the line; in a long run their edges are averages over bins, as the line is."""
     for index, one in enumerate(series):
         size = math.ceil(len(one.steps) / MOST_POINTS)
         steps = _bin_means(np.asarray(one.steps, float), size)
@@ -210,7 +210,7 @@ def _bin_means(values: np.ndarray, size: int) -> np.ndarray:
 
 
 def _inline(svg: str, identifier: str, description: str, values: str) -> str:
-    """Prepares an SVG for a page with several: unique ids, no header or metadata, page colors, short numbers."""
+    """Prepare an SVG for a page with several: unique ids, no header or metadata, page colors, short numbers."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r"<!--.*?-->\n?", "", svg, flags=re.DOTALL)

@@ -300,7 +300,7 @@ def _trajectory(line: dict, largest: float) -> dict[str, Any]:
 
 
 def _runs(line: dict, largest: float) -> list[dict[str, str]]:
-    """Joins neighboring tokens that have the same color and the same displayed weight."""
+    """Join neighboring tokens that have the same color and the same displayed weight."""
     # A visible sign goes before each line break, because a line break has no width to color.
     texts = (str(token).replace("\n", "↵\n") for token in line["tokens"])
     columns = zip(texts, line["weights"], line["relative"], strict=True)

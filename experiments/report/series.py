@@ -43,7 +43,7 @@ class Selection(NamedTuple):
 
 
 def select(metrics: Sequence[dict], parts: Parts | None = None) -> Selection:
-    """Chooses the plots for lines of metrics.jsonl of an algorithm with these parts.
+    """Choose the plots for lines of metrics.jsonl of an algorithm with these parts.
 
     A plot is left out if it has fewer lines than it needs, not counting those of nothing but rounding errors.
     """
@@ -195,7 +195,7 @@ def _zero_if_gap(value: float) -> float:
 
 
 def _shorten(series: list[Series]) -> list[Series]:
-    """Removes from the labels the words, divided by / or _, with which all of them begin or end."""
+    """Remove from the labels the words, divided by / or _, with which all of them begin or end."""
     if len(series) < 2:
         return series
     words = [re.split(r"([/_])", one.label) for one in series]

@@ -47,7 +47,7 @@ _HEADS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit code (0 done, 1 failed, 2 bad input, 3 not finite, 128 + signal)."""
+    """Run the command line; return the exit code (0 done, 1 failed, 2 bad input, 3 not finite, 128 + signal)."""
     return cli.run_command(_run, arguments, help_text)
 
 
@@ -81,7 +81,7 @@ def _run(arguments: list[str]) -> int:
 
 
 def _train(composed: Composed, prepared: Prepared, world: World) -> int:
-    """Trains in the folder that was chosen, records how the run ended, and leaves the process."""
+    """Train in the folder that was chosen, record how the run ended, and leave the process."""
     from experiments.run.ending import ExitRecord
     from experiments.run.limits import limits_explained
     from experiments.run.train import train

@@ -63,7 +63,7 @@ class Disk:
 
 
 def check_disk(disk: Disk, config: RunConfig, machine: Machine, output: Path) -> tuple[str, ...]:
-    """Compares a run's disk space with what is free; returns a note if it does not fit and `machine` is not this one.
+    """Compare a run's disk space with what is free; return a note if it does not fit and `machine` is not this one.
 
     What the output folder holds already counts as free, because a run that continues replaces it.
 

@@ -165,7 +165,7 @@ KNOWN = {
 
 
 def with_known_models(composed: Composed) -> tuple[Composed, list[str]]:
-    """Replaces models that cannot be found by the folders of `KNOWN`, and returns a sentence about each.
+    """Replace models that cannot be found by the folders of `KNOWN`, and return a sentence about each.
 
     Raises:
         ModelError: a model is neither found nor known.

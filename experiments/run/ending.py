@@ -25,13 +25,13 @@ class ExitRecord:
         self.path, self._has_begun = path, False
 
     def begin(self, world: World) -> None:
-        """Removes the record of an earlier start."""
+        """Remove the record of an earlier start."""
         self._has_begun = True
         if world.is_main:
             (self.path / EXIT).unlink(missing_ok=True)
 
     def write(self, ending: Ending) -> None:
-        """Writes exit.json, if the run has begun. A full disk does not change how the run ends."""
+        """Write exit.json, if the run has begun. A full disk does not change how the run ends."""
         if not self._has_begun:
             return
         with contextlib.suppress(OSError, StorageError):
@@ -41,7 +41,7 @@ class ExitRecord:
             write_atomically(self.path / EXIT, json.dumps(record, indent=2) + "\n")
 
     def lost(self, ending: Ending) -> None:
-        """Prints and records that this rank ends because another rank or the launcher has ended."""
+        """Print and record that this rank ends because another rank or the launcher has ended."""
         print(f"error: {ending.reason}; the same command with output={self.path} continues", file=sys.stderr)
         self.write(ending)
         announce(ending, True)

@@ -217,7 +217,7 @@ def load(name: str, group_size: int) -> Fault:
 
 
 def check(name: str, algorithm: Algorithm | Pipeline, only: Sequence[str] = ()) -> None:
-    """Refuses a fault that would change nothing in a run of this algorithm, or in its stages `only`.
+    """Refuse a fault that would change nothing in a run of this algorithm, or in its stages `only`.
 
     Raises:
         ConfigError: the message says what the algorithm lacks.
@@ -229,7 +229,7 @@ def check(name: str, algorithm: Algorithm | Pipeline, only: Sequence[str] = ()) 
 
 
 def prepare(composed: Composed) -> list[str]:
-    """Checks the fault of a run and the marks of its models; returns a note on the fault if there is one.
+    """Check the fault of a run and the marks of its models; return a note on the fault if there is one.
 
     Raises:
         ConfigError: there is no such fault, it would change nothing, or a model was trained with another one.
@@ -244,7 +244,7 @@ def prepare(composed: Composed) -> list[str]:
 
 
 def _check_stages(fault: Fault, names: Sequence[str], algorithm: Algorithm | Pipeline) -> None:
-    """Refuses stages that the algorithm does not have, and stages for a fault that does not change the updates."""
+    """Refuse stages that the algorithm does not have, and stages for a fault that does not change the updates."""
     known = list(algorithm.stages) if isinstance(algorithm, Pipeline) else []
     for name in names:
         if name not in known:

@@ -74,7 +74,7 @@ def check_gpus(composed: Composed, arguments: Sequence[str]) -> tuple[str, ...]:
 
 
 def check_shared(folder: RunFolder, world: World) -> None:
-    """Waits for the main rank to start the run's folder and checks that all ranks see it.
+    """Wait for the main rank to start the run's folder, then check that all ranks see it.
 
     Raises:
         ConfigError: some do not; each would write its part of a checkpoint to a folder of its own.

@@ -13,7 +13,7 @@ from upge.train.folder import RunFolder
 
 @contextmanager
 def limits_explained(config: RunConfig, folder: RunFolder) -> Iterator[None]:
-    """Turns errors of memory and disk in the block into errors that a user can act on.
+    """Turn errors of memory and disk in the block into errors that a user can act on.
 
     Raises:
         CapacityError: the memory is used up.

@@ -54,11 +54,11 @@ class Logger(ABC):
 
     @abstractmethod
     def log(self, values: Mapping[str, float], step: int) -> None:
-        """Logs the values of a step."""
+        """Log the values of a step."""
 
     @abstractmethod
     def finish(self, code: int) -> None:
-        """Ends the run with this exit code."""
+        """End the run with this exit code."""
 
 
 class TensorBoard(Logger):
@@ -158,18 +158,18 @@ class Loggers:
         self._save()
 
     def close(self, code: int) -> None:
-        """Ends the loggers of a run with this exit code."""
+        """End the loggers of a run with this exit code."""
         for name in [*self._loggers]:
             self._try(name, lambda logger: logger.finish(code))
         self._loggers.clear()
 
     def step(self, metrics: Mapping[str, Any]) -> None:
-        """Logs the metrics of a training step."""
+        """Log the metrics of a training step."""
         values = {key: value for key, value in metrics.items() if key != "step" and _is_number(value)}
         self._log("metrics", values, int(metrics["step"]))
 
     def evaluation(self, line: Mapping[str, Any]) -> None:
-        """Logs a line of evaluations.jsonl: eval/SCORE, and eval/LEVEL/SCORE of each level."""
+        """Log a line of evaluations.jsonl: eval/SCORE, and eval/LEVEL/SCORE of each level."""
         values = {f"eval/{name}": value for name, value in line["all"].items() if _is_number(value)}
         for level, scores in (line.get("levels") or {}).items():
             values |= {f"eval/{level}/{name}": value for name, value in scores.items() if _is_number(value)}
@@ -196,7 +196,7 @@ class Loggers:
 
 
 def check_loggers(config: RunConfig) -> None:
-    """Refuses loggers whose packages are not installed.
+    """Refuse loggers whose packages are not installed.
 
     Raises:
         ConfigError: the message has the command that installs the package.

@@ -114,7 +114,7 @@ def engine_room(config: RunConfig, shape: ModelShape, machine: Machine) -> tuple
 
 
 def _quiet_deepspeed() -> None:
-    """Stops DeepSpeed from warning that there is no GPU."""
+    """Stop DeepSpeed from warning that there is no GPU."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 

@@ -48,7 +48,7 @@ class Outlook:
 
 
 def check_fits(composed: Composed) -> tuple[str, ...]:
-    """Checks at the start of a run that it fits this machine; returns notes for the user.
+    """Check at the start of a run that it fits this machine; return notes for the user.
 
     Raises:
         ConfigError: it does not fit; the message names the keys.
@@ -103,7 +103,7 @@ def _shape(model: ModelConfig, key: str) -> ModelShape:
 
 
 def _check_engine_ranks(config: RunConfig, shape: ModelShape, machine: Machine) -> None:
-    """Refuses engines that cannot be divided over `rollout.tensor_parallel` ranks."""
+    """Refuse engines that cannot be divided over `rollout.tensor_parallel` ranks."""
     size = config.rollout.tensor_parallel
     if size > 1 and takes_transformers(config, shape, machine):
         raise ConfigError(
@@ -118,7 +118,7 @@ def _check_engine_ranks(config: RunConfig, shape: ModelShape, machine: Machine) 
 
 
 def _check_states(composed: Composed, shapes: Shapes, machine: Machine) -> None:
-    """Refuses a model whose weights, gradients and AdamW states alone do not fit, with AdamW's temporary tensors."""
+    """Refuse a model whose weights, gradients and AdamW states alone do not fit, with AdamW's temporary tensors."""
 
     def least(ranks: int) -> int:
         items = states(composed.config, composed.algorithm, shapes, replace(machine, ranks=ranks))
@@ -142,7 +142,7 @@ def _check_states(composed: Composed, shapes: Shapes, machine: Machine) -> None:
 
 
 def _check_engine(config: RunConfig, shape: ModelShape, memory: Memory) -> None:
-    """Checks that vLLM's share is large enough for one sequence and leaves room for the training states."""
+    """Check that vLLM's share is large enough for one sequence and leaves room for the training states."""
     machine = memory.machine
     if not memory.engine or config.rollout.engine == "transformers":
         return
@@ -179,7 +179,7 @@ def _divided(config: RunConfig, memory: Memory) -> str:
 
 
 def _check_refresh(config: RunConfig, memory: Memory) -> None:
-    """Refuses a model whose states do not fit next to the sampler's weights while these are replaced."""
+    """Refuse a model whose states do not fit next to the sampler's weights while these are replaced."""
     machine, least = memory.machine, memory.total("refresh", certain=True)
     if memory.engine and least > machine.memory:
         raise ConfigError(
@@ -190,7 +190,7 @@ def _check_refresh(config: RunConfig, memory: Memory) -> None:
 
 
 def _check_update(config: RunConfig, memory: Memory) -> None:
-    """Refuses a micro-batch whose activations alone do not fit."""
+    """Refuse a micro-batch whose activations alone do not fit."""
     machine, least = memory.machine, memory.total("training", certain=True)
     if least <= machine.memory:
         return
@@ -228,7 +228,7 @@ def _tight(memory: Memory) -> list[str]:
 def _less_recomputation(
     config: RunConfig, algorithm: Algorithm | Pipeline, shapes: Shapes, machine: Machine, micro_batch: int
 ) -> Iterator[str]:
-    """Proposes the gradient checkpointing that recomputes least and leaves a tenth of the memory free."""
+    """Propose the gradient checkpointing that recomputes least and leaves a tenth of the memory free."""
     current = config.model.gradient_checkpointing
     for mode in ("none", "selective"):
         if mode == current or current == "none" or not machine.has_gpus:

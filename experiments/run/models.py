@@ -46,7 +46,7 @@ def frozen_models(config: RunConfig, needs: Needs) -> dict[str, Loaded]:
 
 
 def check_secondary_partition(composed: Composed) -> None:
-    """Refuses ZeRO++'s secondary partition for runs with several models, which DeepSpeed does not support.
+    """Refuse ZeRO++'s secondary partition for runs with several models, which DeepSpeed does not support.
 
     Raises:
         ConfigError: the algorithm needs a critic, or a reference policy or a teacher with weights of its own.
@@ -63,14 +63,14 @@ def check_secondary_partition(composed: Composed) -> None:
 
 
 def check_distributions(config: RunConfig, needs: Needs) -> None:
-    """Calls `check_predicted_tokens` for the models whose distributions the algorithm reads."""
+    """Call `check_predicted_tokens` for the models whose distributions the algorithm reads."""
     for name in sorted(needs.distributions):
         if path := getattr(config, name).path:
             check_predicted_tokens(config.model.path, path, f"{name}.path")
 
 
 def check_predicted_tokens(policy: str, path: str, key: str) -> None:
-    """Checks that the model at `path` predicts all tokens of the policy, for terms on whole distributions.
+    """Check that the model at `path` predicts all tokens of the policy, for terms on whole distributions.
 
     Raises:
         ConfigError: it predicts fewer; the message names `key`, and both sizes.

@@ -62,7 +62,7 @@ class Prepared:
 
 
 def prepare(composed: Composed) -> Prepared:
-    """Loads and checks everything that a run needs besides the weights.
+    """Load and check everything that a run needs besides the weights.
 
     Raises:
         UserError: the first thing that is wrong; the message names the key or file, its value and the fix.
@@ -137,7 +137,7 @@ def load_splits(node: Mapping) -> data.Splits:
 
 
 def check_stages(algorithm: Algorithm | Pipeline, steps: int) -> None:
-    """Raises ConfigError if a stage of the run would have no step."""
+    """Raise ConfigError if a stage of the run would have no step."""
     for span in Pipeline.of(algorithm).spans(steps) if steps else ():
         if span.first == span.end:
             raise ConfigError(
@@ -158,7 +158,7 @@ def output_folder(composed: Composed) -> Path:
 
 
 def _check_installed() -> None:
-    """Raises ConfigError if a package is missing that is needed only after training."""
+    """Raise ConfigError if a package is missing that is needed only after training."""
     for package in ("jinja2", "matplotlib", "rich", "tqdm"):
         if importlib.util.find_spec(package) is None:
             fix = "pip install 'upge[all]'"
@@ -166,7 +166,7 @@ def _check_installed() -> None:
 
 
 def with_local_models(composed: Composed) -> Composed:
-    """Replaces GGUF files by folders with the converted models; the tree, which is recorded, keeps the given names."""
+    """Replace GGUF files by folders with the converted models; the tree, which is recorded, keeps the given names."""
     sections = {name: getattr(composed.config, name) for name in ("model", "critic", "reference", "teacher")}
     local = {name: replace(section, path=local_path(section.path)) for name, section in sections.items()}
     return replace(composed, config=replace(composed.config, **local))
@@ -182,7 +182,7 @@ def load_prompting(model: ModelConfig) -> data.Prompting:
 def load_sampler(
     model: ModelConfig, engine: Any, max_length: int, seed: int, tensor_parallel: int = 1
 ) -> rollout.Sampler:
-    """Starts the engine of the settings `rollout` (of a run or an evaluation) with a model.
+    """Start the engine of the settings `rollout` (of a run or an evaluation) with a model.
 
     `tensor_parallel` is a separate argument, because only runs and the doctor divide an engine over ranks.
     """
@@ -207,7 +207,7 @@ def verifier_pool(verifiers: Sequence[str], config: VerifyConfig) -> VerifierPoo
 
 
 def check_verifiers(verifiers: Sequence[str], config: VerifyConfig) -> list[str]:
-    """Checks that this machine can run these verifiers as the settings say; returns notes about the network.
+    """Check that this machine can run these verifiers as the settings say; return notes about the network.
 
     Only verifiers that execute code of other packages or of the user are noted.
 
@@ -227,7 +227,7 @@ def check_verifiers(verifiers: Sequence[str], config: VerifyConfig) -> list[str]
 def check_length(
     model: ModelConfig, max_prompt_tokens: int, max_response_tokens: int, section: str = "rollout"
 ) -> None:
-    """Checks the model's files, and that no prompt with its response can exceed the model's positions.
+    """Check the model's files, and that no prompt with its response can exceed the model's positions.
 
     Raises:
         ModelError: there is no model, one of its files is truncated, or it has too few positions.
@@ -245,7 +245,7 @@ def check_length(
 
 
 def check_vocabulary(examples: Sequence[data.Example], model: ModelConfig) -> None:
-    """Raises ModelError if the tokenizer makes a token of these examples that the model has no embedding for."""
+    """Raise ModelError if the tokenizer makes a token of these examples that the model has no embedding for."""
     vocabulary = read_config(model.path, model.overrides).get_text_config().vocab_size
     for example in examples:
         highest = max((max(ids, default=0) for ids in _token_ids(example)), default=0)

@@ -13,7 +13,7 @@ from upge.views import NAMED_REWARDS
 
 
 def check_success(verifiers: Sequence[str], config: VerifyConfig) -> None:
-    """Checks that some rewards of each verifier pass and some do not.
+    """Check that some rewards of each verifier pass and some do not.
 
     Raises:
         ConfigError: all rewards of a verifier are above the threshold, or none is; or a sum lacks the reward

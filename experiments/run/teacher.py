@@ -15,7 +15,7 @@ from upge.train.config import RunConfig, TeacherConfig
 
 
 def check_teacher(config: RunConfig, needs: Needs) -> None:
-    """Checks that a run has a teacher if and only if its algorithm needs one.
+    """Check that a run has a teacher if and only if its algorithm needs one.
 
     Raises:
         ConfigError: it has none or a useless one.
@@ -42,7 +42,7 @@ def check_teacher(config: RunConfig, needs: Needs) -> None:
 
 
 def check_teaching(config: RunConfig, prompting: data.Prompting, problems: Sequence[data.Problem]) -> None:
-    """Checks the teacher's tokenizer, and that its prompts can be written and fit.
+    """Check the teacher's tokenizer, and that its prompts can be written and fit.
 
     Raises:
         UserError: the tokenizers differ, a problem lacks what the template holds, or prompts may be too long.
@@ -68,7 +68,7 @@ def check_teaching(config: RunConfig, prompting: data.Prompting, problems: Seque
 
 
 def check_same_tokenizer(own: Any, other: Any, path: str) -> None:
-    """Raises ModelError unless every token of the policy's tokenizer is the same token of the teacher's."""
+    """Raise ModelError unless every token of the policy's tokenizer is the same token of the teacher's."""
     theirs = other.get_vocab()
     differing = [(token, i, theirs.get(token)) for token, i in own.get_vocab().items() if theirs.get(token) != i]
     if differing:

@@ -35,18 +35,18 @@ class Progress:
         self._bar.close()
 
     def step(self, metrics: dict[str, Any]) -> None:
-        """Shows the metrics of a finished training step."""
+        """Show the metrics of a finished training step."""
         shown = {"reward": metrics.get("reward/mean"), "demos": metrics.get("gate/demonstration_share")}
         shown |= {"grad": metrics.get("grad_norm"), "loss": metrics.get("loss") if shown["reward"] is None else None}
         self._bar.set_postfix({k: f"{v:.3f}" for k, v in shown.items() if v is not None}, refresh=False)
         self._bar.update()
 
     def alarm(self, text: str) -> None:
-        """Prints an alarm."""
+        """Print an alarm."""
         tqdm.write(f"alarm: {text}")
 
     def evaluation(self, line: dict[str, Any]) -> None:
-        """Prints the line of a finished evaluation."""
+        """Print the line of a finished evaluation."""
         k, scores = line["samples"], line["all"]
         text = f"step {line['step']}: greedy {scores['greedy']:.3f}, pass@{k} {scores[f'pass@{k}']:.3f}, "
         text += f"mean@{k} {scores[f'mean@{k}']:.3f} on {scores['problems']} problems"
@@ -56,7 +56,7 @@ class Progress:
             tqdm.write(f"{text} ({line['time']:.0f} s)")
 
     def note(self, text: str) -> None:
-        """Prints a sentence on something unusual."""
+        """Print a sentence on something unusual."""
         tqdm.write(f"note: {text}")
 
 
@@ -78,13 +78,13 @@ class Told:
             self.loggers.close(self.code)
 
     def step(self, metrics: dict[str, Any]) -> None:
-        """Shows and logs the metrics of a finished training step."""
+        """Show and log the metrics of a finished training step."""
         self.progress.step(metrics)
         if self.loggers is not None:
             self.loggers.step(metrics)
 
     def evaluation(self, line: dict[str, Any]) -> None:
-        """Shows and logs a finished evaluation, and writes the report with it."""
+        """Show and log a finished evaluation, and write the report with it."""
         self.progress.evaluation(line)
         if self.loggers is not None:
             self.loggers.evaluation(line)
@@ -99,13 +99,13 @@ class Told:
 
 
 def _say(text: str) -> None:
-    """Prints a line, above the progress bar if there is one."""
+    """Print a line, above the progress bar if there is one."""
     tqdm.write(text)
     sys.stdout.flush()
 
 
 def train(composed: Any, prepared: Any, world: World, stop: StopSignals, watch: Watch, record: Any) -> Any:
-    """Trains, evaluates and writes the report.
+    """Train, evaluate and write the report.
 
     Args:
         composed, prepared, world: of the run.
@@ -175,7 +175,7 @@ def train(composed: Any, prepared: Any, world: World, stop: StopSignals, watch: 
 
 
 def _introduce(composed: Any, prepared: Any, fault: Any, say: Any) -> None:
-    """Prints what runs: names, formula, notes, and one rendered prompt."""
+    """Print what runs: names, formula, notes, and one rendered prompt."""
     from experiments.run.dry_run import in_print
 
     names = composed.names
@@ -189,7 +189,7 @@ def _introduce(composed: Any, prepared: Any, fault: Any, say: Any) -> None:
 
 
 def _start_folder(composed: Any, prepared: Any, metadata: dict[str, Any], resume_from: int | None) -> Start:
-    """Drops what was recorded after the checkpoint and writes config.yaml and run.json; returns what loggers need."""
+    """Drop what was recorded after the checkpoint and write config.yaml and run.json; return what loggers need."""
     folder, step = prepared.folder, resume_from or 0
     if prepared.continues:
         folder.rewind(resume_from if resume_from is not None else -1)
@@ -244,7 +244,7 @@ def _sampler(config: Any) -> Any:
 
 
 def _finish(path: Path, ending: Any, say: Any) -> None:
-    """Prints the table and writes the report, with what there is if the run stopped early."""
+    """Print the table and write the report, with what there is if the run stopped early."""
     from experiments.grid import print_table
     from experiments.report.page import write_report
     from upge.train.files import read_lines

@@ -118,7 +118,7 @@ TABLES = files.Tables(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Prints the tables, or updates the docs; returns the exit code, 2 on bad input."""
+    """Print the tables, or update the docs; return the exit code, 2 on bad input."""
     return cli.run_command(TABLES.command, arguments, lambda everything: str(__doc__))
 
 

@@ -19,7 +19,7 @@ OUTPUT = cli.ROOT / "site"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Builds the site or draws the pictures; returns the exit code, 1 if the build warns, 2 on bad input."""
+    """Build the site or draw the pictures; return the exit code, 1 if the build warns, 2 on bad input."""
     return cli.run_command(_site, arguments, lambda everything: str(__doc__))
 
 

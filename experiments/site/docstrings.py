@@ -15,7 +15,7 @@ class SeveralNames(griffe.Extension):
     """Keeps the names of such a line together in one row, with the type of the first."""
 
     def on_instance(self, *, obj: griffe.Object, **_: Any) -> None:
-        """Rewrites the docstring of a class or function."""
+        """Rewrite the docstring of a class or function."""
         if obj.docstring is not None and (obj.is_class or obj.is_function):
             obj.docstring.value = _SEVERAL.sub(lambda found: _row(obj, found), obj.docstring.value)
 

@@ -37,7 +37,7 @@ _made: dict[str, Page] = {}
 
 
 def on_config(config: Any) -> Any:
-    """Adds the generated pages to the navigation, and hides a notice of the theme that is not about the build."""
+    """Add the generated pages to the navigation, and hide a notice of the theme that is not about the build."""
     logging.getLogger("mkdocs.plugins.material").setLevel(logging.ERROR)
     _made.clear()
     _made.update(pages())
@@ -59,7 +59,7 @@ def _sections(entries: list) -> Iterator[dict[str, list]]:
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """Adds the generated pages; one of them replaces a page of docs/ with the same path."""
+    """Add the generated pages; one of them replaces a page of docs/ with the same path."""
     from mkdocs.structure.files import File
 
     for path, page in _made.items():
@@ -70,7 +70,7 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Rewrites the links of the pages of docs/ that lead to pages generated for the site."""
+    """Rewrite the links of the pages of docs/ that lead to pages generated for the site."""
     if page.file.src_uri in _made:
         return markdown
     up = "../" * page.file.src_uri.count("/")

@@ -23,7 +23,7 @@ _LENGTHS, _GROUP = (2, 6, 4, 9), (0, 0, 1, 1)
 
 
 def draw_all(folder: Path) -> list[Path]:
-    """Writes every picture into a folder; returns the files."""
+    """Write every picture into a folder; return the files."""
     sizes = {"slots": (7.6, 5.6), "gates": (7.6, 2.9), "reductions": (7.6, 4.0), "sources": (7.6, 4.3)}
     files = []
     for name, size in sizes.items():

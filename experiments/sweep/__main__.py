@@ -45,7 +45,7 @@ some runs failed, and the report has the others.
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit code (0 done, 2 bad input, 4 some runs failed, 128 + signal)."""
+    """Run the command line; return the exit code (0 done, 2 bad input, 4 some runs failed, 128 + signal)."""
     return cli.run_command(_stoppable, arguments, help_text)
 
 
@@ -165,7 +165,7 @@ class Report:
 
 
 def report(folder: SweepFolder, command: str, provenance: Callable[[], Sequence[str]]) -> Report | None:
-    """Reads the runs and writes everything into the sweep's folder; None if no run is trained yet.
+    """Read the runs and write everything into the sweep's folder; None if no run is trained yet.
 
     `command` reproduces the sweep, and `provenance` returns sentences on how the runs were made.
     """
@@ -273,7 +273,7 @@ def _html(made: Report, folder: SweepFolder, rows: Sequence[Mapping[str, Any]]) 
 
 
 def put_into(page_path: Path, made: Report, command: str) -> None:
-    """Writes the tables between the markers of this sweep in a page, and the figures into a folder next to it.
+    """Write the tables between the markers of this sweep in a page, and the figures into a folder next to it.
 
     Raises:
         UserError: the page does not have the markers once each.

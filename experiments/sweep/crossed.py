@@ -81,7 +81,7 @@ def collapse(rewards: Mapping[int, float], window: int = WINDOW) -> int | None:
 
 
 def reward_curves(folder: SweepFolder, target: Path) -> list[Path]:
-    """Draws dynamics.png and .svg: a panel per variant, in it a line per value, the mean reward over the steps."""
+    """Draw dynamics.png and .svg: a panel per variant, in it a line per value, the mean reward over the steps."""
     sweep = folder.sweep
     curves = curves_of(folder, lambda path: blocks(metric_curve(path, "reward/mean")))
     headings = [value_text(value) for value in _values(sweep)]

@@ -28,7 +28,7 @@ SOME_FAILED = 4
 
 
 def check(sweep: Sweep) -> None:
-    """Composes every run's and evaluation's configuration, so that errors appear before hours of training.
+    """Compose every run's and evaluation's configuration, so that errors appear before hours of training.
 
     Raises:
         ConfigError: a configuration is invalid; the message names the run or the evaluation.
@@ -51,7 +51,7 @@ def check(sweep: Sweep) -> None:
 
 
 def execute(folder: SweepFolder) -> int:
-    """Trains and evaluates the remaining runs; returns the exit code.
+    """Train and evaluate the remaining runs; return the exit code.
 
     Raises:
         ConfigError: another sweep is using the folder.
@@ -196,7 +196,7 @@ class JobPool:
         self._lock = threading.RLock()
 
     def run(self, jobs: Sequence[Job]) -> dict[str, int]:
-        """Runs all jobs; returns name → exit code of the job's last command, 0 if all succeeded."""
+        """Run all jobs; return name → exit code of the job's last command, 0 if all succeeded."""
         waiting, codes = iter(jobs), {job.name: NOT_STARTED for job in jobs}
 
         def work(environment: dict[str, str]) -> None:
@@ -244,7 +244,7 @@ class JobPool:
         return 0
 
     def stop(self, number: int) -> None:
-        """Forwards a signal to the running jobs and starts no others."""
+        """Forward a signal to the running jobs and start no others."""
         # The lock makes sure that a process that is just being started is not missed.
         with self._lock:
             self.stopped = number

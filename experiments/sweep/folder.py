@@ -52,7 +52,7 @@ class SweepFolder:
 
     @contextmanager
     def locked(self) -> Iterator[int]:
-        """Locks the folder and yields the lock's file descriptor.
+        """Lock the folder and yield the lock's file descriptor.
 
         The lock is held until all jobs that got the descriptor are gone, because those of a killed sweep may still be
         running.
@@ -68,7 +68,7 @@ class SweepFolder:
             yield descriptor
 
     def check(self) -> None:
-        """Refuses runs that were started under the same name with other settings, and evaluations without their run.
+        """Refuse runs that were started under the same name with other settings, and evaluations without their run.
 
         Raises:
             ConfigError: the message names the first setting that differs, or the evaluation.
@@ -97,7 +97,7 @@ class SweepFolder:
                 )
 
     def begin(self, planned: Planned) -> None:
-        """Records the settings of a run before it is started; earlier evaluations stay recorded."""
+        """Record the settings of a run before it is started; earlier evaluations stay recorded."""
         path, content = self._record(planned), self._content(planned)
         if path.is_file() and self.run(planned).exists():
             content["evaluate"] = _recorded(path)["evaluate"] | content["evaluate"]
@@ -105,7 +105,7 @@ class SweepFolder:
         write_atomically(path, json.dumps(content, indent=1) + "\n")
 
     def adopt(self, planned: Planned) -> Path | None:
-        """Copies a finished run with the same settings from a neighboring sweep; its folder, None if there is none.
+        """Copy a finished run with the same settings from a neighboring sweep; its folder, None if there is none.
 
         Both the command line and the configuration that results from it, with all presets, must be the same. A relative
         path may mean another file in the other sweep, so a run with one is not copied. Evaluations with the same name
@@ -168,7 +168,7 @@ def _recorded(path: Path) -> dict[str, Any]:
 
 
 def _copy_atomically(source: Path, target: Path) -> None:
-    """Copies a folder atomically: if this is interrupted, `target` does not exist."""
+    """Copy a folder atomically: if this is interrupted, `target` does not exist."""
     partial = target.with_name(f"{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(source, partial)

@@ -98,7 +98,7 @@ class SweepConfig(Settings):
                 raise ConfigError(f"evaluate.{name}.{own}: each run has its own; leave it out")
 
     def _check_seeds(self) -> None:
-        """Refuses invalid seed keys, and values that the seed would overwrite."""
+        """Refuse invalid seed keys, and values that the seed would overwrite."""
         if not self.seed_keys or not all(isinstance(name, str) for name in self.seed_keys):
             raise ConfigError(f"seed_keys: found {self.seed_keys!r}; give a list of keys such as [seed, data.seed]")
         places = {"common": self.common, "grid": self.grid}
@@ -178,7 +178,7 @@ def names() -> list[str]:
 
 
 def load(arguments: Sequence[str]) -> Sweep:
-    """Reads the sweep of a command line.
+    """Read the sweep of a command line.
 
     Raises:
         ConfigError: there is no such sweep, a key is unknown, or two runs have the same name.
@@ -257,7 +257,7 @@ def _file(name: str) -> dict[str, Any]:
 
 
 def _set(tree: dict[str, Any], name: str, value: str) -> None:
-    """Sets a key=value of the command line: of the sweep, of its grid, of an evaluation, or of every run."""
+    """Set a key=value of the command line: of the sweep, of its grid, of an evaluation, or of every run."""
     head, _, rest = name.partition(".")
     if head in ("grid", "evaluate") and rest:
         where = tree.setdefault(head, {})
@@ -276,7 +276,7 @@ def _set(tree: dict[str, Any], name: str, value: str) -> None:
 
 
 def _check_used(config: SweepConfig, given: Sequence[str]) -> None:
-    """Refuses a key of the command line that has no effect because every variant, or the grid, sets it."""
+    """Refuse a key of the command line that has no effect because every variant, or the grid, sets it."""
     for name in given:
         if name in config.common:
             everywhere = bool(config.variants) and all(name in own for own in config.variants.values())

@@ -178,7 +178,7 @@ BLOCKS = 20
 
 
 def pass_curves(folder: SweepFolder, rows: Sequence[Mapping], target: Path) -> list[Path]:
-    """Draws passk.png and .svg, a panel for every benchmark with several samples; no files if there is none."""
+    """Draw passk.png and .svg, a panel for every benchmark with several samples; no files if there is none."""
     labels, panels = folder.sweep.labels, []
     columns = dict.fromkeys(column for row in rows for column in row)
     names = measure_names(list(columns))
@@ -193,7 +193,7 @@ def pass_curves(folder: SweepFolder, rows: Sequence[Mapping], target: Path) -> l
 
 
 def metric_curves(folder: SweepFolder, target: Path) -> list[Path]:
-    """Draws dynamics.png and .svg, a panel for every metric of `CURVES` and for evaluations during training."""
+    """Draw dynamics.png and .svg, a panel for every metric of `CURVES` and for evaluations during training."""
     panels = []
     for metric, (title, unit) in CURVES.items():
         panels.append((title, unit, curves_of(folder, lambda path, m=metric: blocks(metric_curve(path, m)))))

@@ -148,7 +148,7 @@ def updated(page: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Prints the table, or updates the page; returns the exit code, 2 on bad input, 1 if a proof fails."""
+    """Print the table, or update the page; return the exit code, 2 on bad input, 1 if a proof fails."""
     return cli.run_command(_table1, arguments, lambda everything: str(__doc__))
 
 

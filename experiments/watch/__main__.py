@@ -44,7 +44,7 @@ class WatchConfig(Settings):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Watches until Ctrl-C, or with --no-serve until the run ends; returns the exit code."""
+    """Watch until Ctrl-C, or with --no-serve until the run ends; return the exit code."""
     return cli.run_command(_watch, arguments, help_text)
 
 
@@ -94,7 +94,7 @@ def _run(folder: Path) -> Run:
 
 
 def _printed(run: Run, every: float, console: Console, address: str) -> None:
-    """Prints a line for each step, where the output is not a terminal."""
+    """Print a line for each step, where the output is not a terminal."""
     if address:
         console.print(f"report: {address}", soft_wrap=True)
     widths = [6, *(max(9, len(title)) for title in COLUMNS)]
@@ -116,7 +116,7 @@ def _printed(run: Run, every: float, console: Console, address: str) -> None:
 
 
 def _live(run: Run, every: float, console: Console, address: str) -> None:
-    """Shows the last steps in a table that is redrawn."""
+    """Show the last steps in a table that is redrawn."""
     with Live(console=console, auto_refresh=False) as live:
         while True:
             ending = run.ending

@@ -45,7 +45,7 @@ def _changed(path: Path) -> float:
 
 @contextlib.contextmanager
 def serving(folder: Path, port: int) -> Iterator[str]:
-    """Serves the report in the block and yields its address. `port` 0 = a free one.
+    """Serve the report in the block and yield its address. `port` 0 = a free one.
 
     Raises:
         ConfigError: the port is in use or may not be used.
@@ -72,7 +72,7 @@ def serving(folder: Path, port: int) -> Iterator[str]:
             self.wfile.write(content)
 
         def log_message(self, format: str, *args: object) -> None:
-            """Prints nothing, because the terminal shows the run."""
+            """Print nothing, because the terminal shows the run."""
 
     try:
         server = HTTPServer((HOST, port), Handler)

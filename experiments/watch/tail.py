@@ -68,7 +68,7 @@ class Run:
         self._tail = Tail(folder / "metrics.jsonl")
 
     def look(self) -> list[dict[str, Any]]:
-        """Reads what is new; returns the lines of new steps."""
+        """Read what is new; return the lines of new steps."""
         new, is_other = self._tail.new()
         self.lines = [*([] if is_other else self.lines), *new]
         return new

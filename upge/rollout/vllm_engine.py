@@ -233,7 +233,7 @@ class VLLMSampler(Sampler):
             self._asleep = ["weights", "kv_cache"]
 
     def _wake(self, tag: str) -> None:
-        """Allocates the memory of the weights or of the cache again, if it is asleep."""
+        """Allocate the memory of the weights or of the cache again, if it is asleep."""
         if tag in self._asleep:
             self._llm.wake_up([tag])
             self._asleep.remove(tag)

@@ -28,7 +28,7 @@ _ATTENTION = (
 
 
 def checkpoint_activations(network: PreTrainedModel, mode: Checkpointing, has_adapters: bool = False) -> None:
-    """Recomputes activations of each layer in the backward pass instead of storing them.
+    """Recompute activations of each layer in the backward pass instead of storing them.
 
     'full' stores a layer's input and recomputes everything else. 'selective' also stores the results of attention and
     of matrix products, and recomputes norms, rotary embeddings, activation functions and sums. It computes no product

@@ -122,13 +122,13 @@ class Adapter:
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Disables the adapters in the block, so that the network is the base model."""
+        """Disable the adapters in the block, so that the network is the base model."""
         with self._peft.disable_adapter():
             yield
 
     @contextmanager
     def dropout(self, *place: int) -> Iterator[None]:
-        """Enables dropout in passes with gradient; its random numbers follow from the seed and from `place`."""
+        """Enable dropout in passes with gradient; its random numbers follow from the seed and from `place`."""
         if not self._dropouts:
             yield
             return
@@ -139,7 +139,7 @@ class Adapter:
             yield
 
     def save(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
-        """Writes the adapter in PEFT's format; `weights` are whole tensors under the names of `parameters`."""
+        """Write the adapter in PEFT's format; `weights` are whole tensors under the names of `parameters`."""
         state = {f"base_model.model.{name}": tensor for name, tensor in weights.items()}
         self._peft.save_pretrained(folder, state_dict=state, save_embedding_layers=False)
 

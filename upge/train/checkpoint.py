@@ -22,7 +22,7 @@ MANIFEST = "manifest.json"
 
 
 def seal(checkpoint: Path, step: int, world: World) -> None:
-    """Syncs the files of a checkpoint and writes its manifest; all ranks call it when their files are written.
+    """Sync the files of a checkpoint and write its manifest; all ranks call it when their files are written.
 
     Raises:
         StorageError: a file cannot be read back or the manifest cannot be written; all ranks raise it.
@@ -45,7 +45,7 @@ def seal(checkpoint: Path, step: int, world: World) -> None:
 
 
 def check(folder: RunFolder, step: int, world: World) -> None:
-    """Checks the checkpoint of `step` against its manifest; all ranks call it, and each reads some of the files.
+    """Check the checkpoint of `step` against its manifest; all ranks call it, and each reads some of the files.
 
     Raises:
         ModelError: a file is missing, has changed or belongs to another step; the message names it and the newest

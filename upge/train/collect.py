@@ -181,7 +181,7 @@ class Collector:
         return {name: self.curriculum.weights(prompts.columns(members)) for name, members in self.strata.items()}
 
     def _remembered(self, trajectories: list[Trajectory], prompts: PromptReader | None) -> list[Trajectory]:
-        """Adds what is remembered of their prompts to the trajectories, if a part reads it."""
+        """Add what is remembered of their prompts to the trajectories, if a part reads it."""
         if prompts is None or not self.needs.columns & MEMORY_COLUMNS:
             return trajectories
         return [replace(one, remembered=prompts.of(one.example)) for one in trajectories]
@@ -199,7 +199,7 @@ class Collector:
         return self._taught(indexed(given))
 
     def _taught(self, trajectories: list[Trajectory]) -> list[Trajectory]:
-        """Adds the teacher's prompts to the trajectories."""
+        """Add the teacher's prompts to the trajectories."""
         if self.teacher_prompts is None:
             return trajectories
         right: dict[int, list[Trajectory]] = {}

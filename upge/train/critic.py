@@ -66,7 +66,7 @@ class CriticUpdater:
     def update(
         self, batch: StepBatch, target: CriticTarget, lr: float, poll: Callable[[], None] | None = None
     ) -> tuple[list[MetricSums], StepResult]:
-        """Accumulates the gradient of the critic's loss over micro-batches and applies it.
+        """Accumulate the gradient of the critic's loss over micro-batches and apply it.
 
         `poll` is called before each micro-batch. It may raise `Interrupted`, which drops the gradient so far.
         """

@@ -108,13 +108,13 @@ class DeepSpeedModule:
         return int(self._engine.global_steps), self._passes
 
     def backward(self, loss: Float[Tensor, ""], last: bool) -> None:
-        """Adds the gradient of this rank's part of the loss; `last` marks the last call before `step`."""
+        """Add the gradient of this rank's part of the loss; `last` marks the last call before `step`."""
         self._engine.set_gradient_accumulation_boundary(last)
         self._engine.backward(loss * self.world.size)
         self._passes += 1
 
     def step(self, lr: float, limit: float = 0.0) -> StepResult:
-        """Clips and applies the gradient; one that is not finite is dropped.
+        """Clip and apply the gradient; one that is not finite is dropped.
 
         Args:
             lr: the learning rate.
@@ -146,7 +146,7 @@ class DeepSpeedModule:
         return taken
 
     def drop_gradient(self) -> None:
-        """Drops the gradient so far, so that the next `backward` starts from zero; call it instead of `step`."""
+        """Drop the gradient so far, so that the next `backward` starts from zero; call this instead of `step`."""
         if self._passes:
             drop_gradient(self._engine.optimizer)
             self._passes = 0
@@ -173,15 +173,15 @@ class DeepSpeedModule:
         return sum(self.world.gather(float(torch.stack(products).sum())))
 
     def use_optimizer(self, name: str) -> None:
-        """Switches to the moments and step count `name`; a new name starts with fresh ones."""
+        """Switch to the moments and step count `name`; a new name starts with fresh ones."""
         self._moments.use(name)
 
     def reset_optimizer(self, everything: bool = False) -> None:
-        """Resets the moments and the step count in use; with `everything` those of every name."""
+        """Reset the moments and the step count in use; with `everything` those of every name."""
         self._moments.reset(everything)
 
     def save(self, folder: Path, tag: str, state: dict[str, Any]) -> None:
-        """Writes trained weights, all sets of optimizer moments and `state` to folder/tag; all ranks call it.
+        """Write trained weights, all sets of optimizer moments and `state` to folder/tag; all ranks call it.
 
         Raises:
             StorageError: a rank could not write a file; all ranks raise it.
@@ -230,7 +230,7 @@ class DeepSpeedModule:
         return before, layout(self._engine._get_zero_param_shapes(), self.world.size)
 
     def load(self, folder: Path, tag: str) -> dict[str, Any]:
-        """Restores what `save` wrote, on any number of ranks, and returns its `state`; all ranks call it.
+        """Restore what `save` wrote, on any number of ranks, and return its `state`; all ranks call it.
 
         Raises:
             ModelError: the checkpoint or one of its files is missing, incomplete, or holds objects other than tensors
@@ -285,7 +285,7 @@ def _moments_file(folder: Path, tag: str, rank: int) -> Path:
 
 
 def _load_trained(src: dict[str, Tensor], dst: nn.Module) -> None:
-    """Loads a checkpoint's weights, which are only the trained ones; DeepSpeed passes the arguments by name."""
+    """Load a checkpoint's weights, which are only the trained ones; DeepSpeed passes the arguments by name."""
     trained = {name for name, parameter in dst.named_parameters() if parameter.requires_grad}
     missing, unexpected = dst.load_state_dict(src, strict=False)
     if unexpected or trained & set(missing):
@@ -295,7 +295,7 @@ def _load_trained(src: dict[str, Tensor], dst: nn.Module) -> None:
 def load_causal_lm(
     model: ModelConfig, world: World, key: str = "model.path", deepspeed: DeepspeedConfig = PLAIN
 ) -> PreTrainedModel:
-    """Loads a causal LM and partitions it while loading, so that no rank ever holds the whole model.
+    """Load a causal LM and partition it while loading, so that no rank ever holds the whole model.
 
     Args:
         key: the setting that `model.path` comes from, for messages.
@@ -344,7 +344,7 @@ def vocabulary_size(network: PreTrainedModel) -> int:
 
 
 def check_tokens(trajectories: Sequence[TokenIds], vocabulary: int, key: str) -> None:
-    """Checks that a model has an embedding for every token of the (prompt_ids, response_ids) pairs.
+    """Check that a model has an embedding for every token of the (prompt_ids, response_ids) pairs.
 
     Raises:
         ModelError: a token has no embedding; the message names `key`, the setting that the model comes from.

@@ -86,7 +86,7 @@ class DeepspeedConfig(Settings):
 
 
 def _check_keys(tree: Mapping[str, Any], path: str = "") -> None:
-    """Refuses keys that are set elsewhere, may change the gradient, or do not exist."""
+    """Refuse keys that are set elsewhere, may change the gradient, or do not exist."""
     for name, value in tree.items():
         where = f"{path}.{name}" if path else str(name)
         if where in OWNED:

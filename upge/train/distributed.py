@@ -66,13 +66,13 @@ class World:
         return values[0]
 
     def barrier(self) -> None:
-        """Waits for all ranks."""
+        """Wait for all ranks."""
         if self.size > 1:
             dist.barrier(group=self.group)
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Raises the first UserError or RunError of any rank in the block on all ranks; all ranks run the block.
+        """Raise the first UserError or RunError of any rank in the block on all ranks; all ranks run the block.
 
         The block must not contain a collective operation: the other ranks would wait in it for a rank that failed.
         """
@@ -102,7 +102,7 @@ def gather_results(world: World, work: Callable[[], _T]) -> list[_T]:
 
 
 def _raise_first(errors: Sequence[UserError | RunError | None], rank: int, own: UserError | RunError | None) -> None:
-    """Raises the first error in `errors`; if it is this rank's `own`, with its traceback."""
+    """Raise the first error in `errors`; if it is this rank's `own`, with its traceback."""
     for of, error in enumerate(errors):
         if error is not None:
             error = own if of == rank and own is not None else error
@@ -137,7 +137,7 @@ def _number(name: str, default: int) -> int:
 
 
 def check_launched() -> None:
-    """Checks the environment variables that a launcher sets.
+    """Check the environment variables that a launcher sets.
 
     Raises:
         ConfigError: some are missing, not numbers, or inconsistent.
@@ -159,7 +159,7 @@ def check_launched() -> None:
 
 
 def connect() -> World:
-    """Joins the process group, which DeepSpeed needs even for one process.
+    """Join the process group, which DeepSpeed needs even for one process.
 
     Several ranks meet at MASTER_ADDR, which their launcher set. A single process has its store in memory, and its
     backend listens only on the loopback interface.
@@ -195,9 +195,9 @@ def connect() -> World:
 
 
 def leave(world: World | None, code: int, together: bool | None = None) -> None:
-    """Flushes all output and ends this process at once.
+    """Flush all output and end this process at once.
 
-    It skips the libraries' cleanup at exit, which sometimes aborts a run that has finished.
+    This skips the libraries' cleanup at exit, which sometimes aborts a run that has finished.
 
     Args:
         world: the run's processes; None without a process group.

@@ -31,7 +31,7 @@ _KINDS = 32
 
 
 def compile_elementwise(network: PreTrainedModel) -> Mapping[str, int]:
-    """Compiles a model's norms, rotary embeddings and gated activations in place, where their code is known.
+    """Compile a model's norms, rotary embeddings and gated activations in place, where their code is known.
 
     Args:
         network: before or after DeepSpeed has partitioned it.

@@ -128,7 +128,7 @@ class Engine(DeepSpeedModule):
             yield weight.name, weight.merged()
 
     def export(self, folder: Path) -> None:
-        """Writes the model in Hugging Face format (safetensors) from rank 0; all ranks call it.
+        """Write the model in Hugging Face format (safetensors) from rank 0; all ranks call it.
 
         With LoRA this is the merged model, and the adapter is also written to folder/adapter in PEFT's format.
 
@@ -313,7 +313,7 @@ class WeightSync:
         self._bits = 0
 
     def refresh(self, weights: Weights | None = None, bits: int = 0) -> float:
-        """Copies the policy's weights to the sampler; returns the seconds it took, or 0 if they were fresh.
+        """Copy the policy's weights to the sampler; return the seconds it took, or 0 if they were fresh.
 
         All ranks call it.
 
@@ -330,13 +330,13 @@ class WeightSync:
         return time.perf_counter() - began
 
     def restart(self) -> None:
-        """Restarts the sampler's engine with the weights of the last `refresh`; all ranks call it."""
+        """Restart the sampler's engine with the weights of the last `refresh`; all ranks call it."""
         self.sampler.restart()
         self.state = SamplerState.STALE
         self.refresh(self._weights, self._bits)
 
     def sleep(self) -> None:
-        """Frees the sampler's GPU memory for an update."""
+        """Free the sampler's GPU memory for an update."""
         if self.state is not SamplerState.ASLEEP:
             self.sampler.sleep()
             self.state = SamplerState.ASLEEP
@@ -354,7 +354,7 @@ def _gathered(weights: Sequence[Weight]) -> Iterator[Weight]:
 
 
 def buckets(weights: Sequence[Weight]) -> Iterator[list[Weight]]:
-    """Cuts weights, partitioned or not, into the buckets in which they are gathered for the sampler."""
+    """Cut weights, partitioned or not, into the buckets in which they are gathered for the sampler."""
     bucket: list[Weight] = []
     size = 0
     for weight in weights:

@@ -62,7 +62,7 @@ class Fault:
         return f"FAULT ON PURPOSE, fault={self.name}: {self.summary}" if self.is_on else ""
 
     def mark(self, folder: Path) -> None:
-        """Marks the exported model in `folder` by the file MARK and a model card; does nothing without a fault."""
+        """Mark the exported model in `folder` by the file MARK and a model card; do nothing without a fault."""
         if not self.is_on:
             return
         card = (
@@ -79,7 +79,7 @@ def marked(folder: str | Path) -> str:
 
 
 def check_mark(folder: str | Path, name: str = NONE, key: str = "model.path") -> None:
-    """Refuses a model that was trained with another fault than `name`.
+    """Refuse a model that was trained with another fault than `name`.
 
     Raises:
         ConfigError: the model has another fault; the error's key is `key`.

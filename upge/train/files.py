@@ -36,7 +36,7 @@ UNREADABLE = (ValueError, RecursionError, AssertionError, YAMLError, OmegaConfBa
 
 @contextmanager
 def locked(folder: Path, refusal: str, tidy: bool = False) -> Iterator[int]:
-    """Locks a folder in the block and yields the lock's file descriptor. A missing folder is created.
+    """Lock a folder in the block and yield the lock's file descriptor. A missing folder is created.
 
     This process holds the lock, and so do processes that get the descriptor through `pass_fds`, until they end; forked
     processes do not. With `tidy`, a folder that was created here is removed again if the block leaves it empty. On a
@@ -84,7 +84,7 @@ _held: set[int] = set()
 
 
 def _release_in_child() -> None:
-    """Points a forked process's copies of the locks' descriptors to /dev/null; the numbers stay valid."""
+    """Point a forked process's copies of the locks' descriptors to /dev/null; the numbers stay valid."""
     for descriptor in _held:
         nothing = os.open(os.devnull, os.O_RDWR)
         os.dup2(nothing, descriptor, inheritable=False)
@@ -101,7 +101,7 @@ def is_empty(folder: Path) -> bool:
 
 
 def write_atomically(path: Path, text: str | bytes) -> None:
-    """Replaces the file's content and syncs it; an interruption leaves either the old or the new content.
+    """Replace the file's content and sync it; an interruption leaves either the old or the new content.
 
     Lone surrogates, which UTF-8 cannot encode, are written as JSON's escapes.
 
@@ -117,7 +117,7 @@ def write_atomically(path: Path, text: str | bytes) -> None:
 
 
 def append(path: Path, text: str) -> None:
-    """Appends to a file and syncs it.
+    """Append to a file and sync it.
 
     Raises:
         StorageError: it cannot be written.
@@ -128,13 +128,13 @@ def append(path: Path, text: str) -> None:
 
 
 def sync(file: IO[bytes]) -> None:
-    """Waits until the file's content is on the disk."""
+    """Wait until the file's content is on the disk."""
     file.flush()
     os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:
-    """Waits until the names in a folder are on the disk; does nothing on file systems that do not support it."""
+    """Wait until the names in a folder are on the disk; do nothing on file systems that do not support it."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         with suppress(OSError):
@@ -145,7 +145,7 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turns write errors in the block, including those of torch and safetensors, into a StorageError.
+    """Turn write errors in the block, including those of torch and safetensors, into a StorageError.
 
     Raises:
         StorageError: the message names `path` and the operating system's reason.
@@ -162,7 +162,7 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 def sync_files(folder: Path) -> None:
-    """Waits until the files in a folder are on the disk.
+    """Wait until the files in a folder are on the disk.
 
     Raises:
         StorageError: they cannot be written.

@@ -124,7 +124,7 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Locks the folder in the block, so that no other run writes there.
+        """Lock the folder in the block, so that no other run writes there.
 
         Raises:
             ConfigError: another run holds the lock.
@@ -134,7 +134,7 @@ class RunFolder:
             yield
 
     def open(self, config: Mapping[str, Any], resume: str) -> bool:
-        """Checks that this run may write here; True if it continues an earlier run. Writes nothing.
+        """Check that this run may write here; True if it continues an earlier run. Write nothing.
 
         Raises:
             ConfigError: the folder cannot be created, or holds something else, a finished run, a run with other
@@ -188,7 +188,7 @@ class RunFolder:
             raise ConfigError(f"output: {self.path} cannot be created: {existing} is not a writable folder")
 
     def start(self, config: Mapping[str, Any], metadata: Mapping[str, Any], continues: bool) -> None:
-        """Writes the resolved configuration and run.json, which also lists earlier starts.
+        """Write the resolved configuration and run.json, which also lists earlier starts.
 
         Raises:
             ConfigError: another run has taken the folder in the meantime.
@@ -208,7 +208,7 @@ class RunFolder:
         self._write_metadata({"format": FORMAT, **metadata, "starts": starts})
 
     def finish(self, step: int) -> None:
-        """Renames the exported model to final/ and marks the run as finished."""
+        """Rename the exported model to final/ and mark the run as finished."""
         sync_files(self.final_partial)
         shutil.rmtree(self.final, ignore_errors=True)
         with disk_errors(self.final):
@@ -222,7 +222,7 @@ class RunFolder:
         return not best or best["step"] > line["step"] or _mean(line) > best["mean"]
 
     def settle_best(self, line: Mapping[str, Any]) -> None:
-        """Renames the model that was exported to `best_partial` to best/."""
+        """Rename the model that was exported to `best_partial` to best/."""
         metadata = {"step": line["step"], "mean": _mean(line), "samples": line["samples"]}
         write_atomically(self.best_partial / BEST_METADATA, json.dumps(metadata, indent=2) + "\n")
         sync_files(self.best_partial)
@@ -234,7 +234,7 @@ class RunFolder:
         write_atomically(self.path / "run.json", json.dumps(metadata, indent=2, ensure_ascii=False) + "\n")
 
     def rewind(self, step: int) -> None:
-        """Drops everything recorded after `step`, because it will be recorded again. Unreadable lines remain."""
+        """Drop everything recorded after `step`, because it will be recorded again. Unreadable lines remain."""
         # Checkpoints go first: after an interruption, the run must not continue from one whose records are gone.
         for later in (later for later in self.checkpoint_steps() if later > step):
             shutil.rmtree(self.checkpoints / self.tag(later))
@@ -255,16 +255,16 @@ class RunFolder:
         return path.is_file() and any(line["step"] == step for line in read_lines(path))
 
     def append(self, name: str, *lines: Mapping[str, Any]) -> None:
-        """Appends lines to a jsonl file and syncs it to the disk."""
+        """Append lines to a jsonl file and sync it to the disk."""
         append(self.path / name, "".join(json.dumps(_plain(line)) + "\n" for line in lines))
 
     def write_rows(self, folder: str, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Writes the file of a step in one of FOLDERS, one line per row."""
+        """Write the file of a step in one of FOLDERS, one line per row."""
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         write_atomically(self.path / folder / f"{_tag(step)}.jsonl", text)
 
     def make_room(self, step: int, needed: int, keep: int) -> None:
-        """Removes old checkpoints so that, with a new one of `needed` bytes, `keep` checkpoints remain.
+        """Remove old checkpoints so that, with a new one of `needed` bytes, `keep` checkpoints remain.
 
         The newest one remains until the new one is complete. With keep=0 all of them remain.
 
@@ -281,7 +281,7 @@ class RunFolder:
             )
 
     def settle(self, step: int, keep: int) -> None:
-        """Renames the checkpoint of `step` from its temporary name and removes the oldest beyond `keep`."""
+        """Rename the checkpoint of `step` from its temporary name and remove the oldest beyond `keep`."""
         partial = self.checkpoints / f"{self.tag(step)}.partial"
         shutil.rmtree(self.checkpoints / self.tag(step), ignore_errors=True)
         with disk_errors(partial):
@@ -307,7 +307,7 @@ def _tag(step: int) -> str:
 
 
 def check_format(path: Path, metadata: Mapping[str, Any]) -> None:
-    """Refuses a run's folder that another version wrote, by the content of its run.json.
+    """Refuse a run's folder that another version wrote, by the content of its run.json.
 
     Raises:
         ConfigError: the message names the version.

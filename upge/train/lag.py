@@ -29,9 +29,9 @@ def copied(zero: Any) -> Weights:
 
 @contextmanager
 def exchanged(zero: Any, weights: Weights | None) -> Iterator[None]:
-    """Replaces the trained weights by `weights` in the block and restores them exactly after it; all ranks call it.
+    """Replace the trained weights by `weights` in the block and restore them exactly after it; all ranks call it.
 
-    It is meant for forward passes: the master weights, from which an optimizer step makes the next weights, do not
+    This is meant for forward passes: the master weights, from which an optimizer step makes the next weights, do not
     change.
 
     Args:
@@ -74,7 +74,7 @@ class EarlierWeights:
         self._before: dict[int, Weights] = {}
 
     def remember(self, step: int) -> None:
-        """Keeps the current weights as those before `step`, and drops those that no later step samples with."""
+        """Keep the current weights as those before `step`, and drop those that no later step samples with."""
         if step not in self._before:
             self._before[step] = copied(self.policy.zero)
         self._before = {s: weights for s, weights in self._before.items() if s >= step - self.lag}
@@ -84,7 +84,7 @@ class EarlierWeights:
         return self._before[max(0, step - self.lag)] if step else None
 
     def save(self, checkpoint: Path, step: int) -> None:
-        """Writes this rank's parts of the weights that `step` and later steps need; all ranks call it.
+        """Write this rank's parts of the weights that `step` and later steps need; all ranks call it.
 
         Raises:
             StorageError: a file cannot be written; all ranks raise it.
@@ -95,7 +95,7 @@ class EarlierWeights:
             torch.save(needed, _file(checkpoint, world.rank))
 
     def load(self, checkpoint: Path) -> None:
-        """Restores what `save` wrote, on any number of ranks; all ranks call it.
+        """Restore what `save` wrote, on any number of ranks; all ranks call it.
 
         Raises:
             ModelError: a file is missing or incomplete; all ranks raise it.

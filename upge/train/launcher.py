@@ -24,13 +24,13 @@ def has_launcher() -> bool:
 
 
 def end_with_launcher() -> None:
-    """Makes the kernel kill this process when the launcher ends, even if SIGKILL ends the launcher (Linux only)."""
+    """Make the kernel kill this process when the launcher ends, even if SIGKILL ends the launcher (Linux only)."""
     if sys.platform == "linux" and has_launcher():
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def announce(ending: Ending, prints: bool) -> None:
-    """Tells a launcher why a rank ends; with `prints` the rank also prints it, with the exit code, as its last line."""
+    """Tell a launcher why a rank ends; with `prints` the rank also prints it, with the exit code, as its last line."""
     if not ending.code or not has_launcher():
         return
     text = f"exit code {ending.code}: {ending.reason}"

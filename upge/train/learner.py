@@ -164,7 +164,7 @@ class Learner:
         diagnostics: Diagnostics = NO_DIAGNOSTICS,
         weights: Weights | None = None,
     ) -> tuple[UpdateReport, dict[str, float]]:
-        """Makes the step's updates, interleaved ones included.
+        """Make the step's updates, interleaved ones included.
 
         Args:
             collected, rates: the step's trajectories and learning rates.
@@ -226,7 +226,7 @@ class Learner:
         return self.updater.filler.as_sampled(trajectories, unknown, weights)
 
     def remember(self, metrics: Mapping[str, float], step: int, memory: Memory) -> None:
-        """Updates the variables of stateful gates from the metrics of the step that has just ended.
+        """Update the variables of stateful gates from the metrics of the step that has just ended.
 
         If one of its signals is missing or not finite, a variable keeps its value, because a single overflow must not
         move it to its bound.
@@ -319,7 +319,7 @@ class Learner:
         rates: LearningRates,
         memory: Memory,
     ) -> list[UpdateReport]:
-        """Remembers prompts whose gate is open, and makes the interleaved updates that are due.
+        """Remember prompts whose gate is open, and make the interleaved updates that are due.
 
         An update's prompts are forgotten even if the update is skipped because of its gradient norm.
         """

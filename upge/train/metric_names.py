@@ -73,7 +73,7 @@ def metric_names(algorithm: Algorithm) -> Iterator[str]:
 
 
 def check_signals(algorithm: Algorithm, path: str = "algo.") -> None:
-    """Checks that every signal that a stateful gate needs exists.
+    """Check that every signal that a stateful gate needs exists.
 
     Args:
         path: the path of the algorithm's settings, with a trailing dot, for messages.

@@ -143,7 +143,7 @@ class ActiveTrajectories:
 
     @staticmethod
     def of(trajectories: Sequence[Trajectory], rows: Sequence[Tensor], plans: Sequence[Plan]) -> ActiveTrajectories:
-        """Combines the plans of a step's updates; `rows` are the rows of the step's batch that each learns from."""
+        """Combine the plans of a step's updates; `rows` are the rows of the step's batch that each learns from."""
         active, contributing = (torch.zeros(len(trajectories), dtype=torch.bool) for _ in range(2))
         for chosen, plan in zip(rows, plans, strict=True):
             active[chosen], contributing[chosen] = plan.active, plan.contributing
@@ -242,7 +242,7 @@ def step_metrics(report: UpdateReport, sums: Sequence[MetricSums]) -> dict[str, 
 
 
 def nonfinite(metrics: Mapping[str, float], report: UpdateReport) -> str:
-    """Names a metric of the step that is unexpectedly NaN or infinite; empty if there is none.
+    """Name a metric of the step that is unexpectedly NaN or infinite; empty if there is none.
 
     Two cases are expected: `stop.nonfinite_updates` handles updates skipped because their gradient was not finite, and
     the slope in `state/` is NaN in a step in which the policy does not learn.
@@ -329,7 +329,7 @@ class Recorder:
         return Diagnostics(*(every > 0 and (edge or step % every == 0) for every in periods))
 
     def record_failed(self, step: int, trajectories: Sequence[Trajectory], failed: Sequence[Trajectory]) -> None:
-        """Writes the responses of a step whose verification failed, if there are any; `record` writes them again.
+        """Write the responses of a step whose verification failed, if there are any; `record` writes them again.
 
         Args:
             step: counted from 1.
@@ -347,7 +347,7 @@ class Recorder:
         tops: Sequence[TopTrajectory],
         failed: Sequence[Trajectory] = (),
     ) -> None:
-        """Writes the lines of a step.
+        """Write the lines of a step.
 
         Args:
             metrics: the line of metrics.jsonl.

@@ -115,7 +115,7 @@ class _Bin:
 def distribute(
     works: Sequence[Work], ranks: int, token_budget: int, blocks: Sequence[int] | None = None
 ) -> list[list[list[int]]]:
-    """Assigns trajectories to the micro-batches of each rank; every rank computes the same assignment.
+    """Assign trajectories to the micro-batches of each rank; every rank computes the same assignment.
 
     Each trajectory occurs once. Trajectories of one block stay in one micro-batch, and trajectories with the same
     prompt stay together as far as possible. A block longer than the budget gets a micro-batch of its own. All ranks get
@@ -183,7 +183,7 @@ class _Partition:
         return parts
 
     def first_fit(self, units: list[_Bin]) -> list[_Bin]:
-        """Fills few micro-batches: each unit goes into the first one with room for it."""
+        """Fill few micro-batches: each unit goes into the first one with room for it."""
         bins: list[_Bin] = []
         for unit in units:
             for place, held in enumerate(bins):
@@ -196,7 +196,7 @@ class _Partition:
         return bins
 
     def even(self, units: list[_Bin], slots: int) -> list[_Bin] | None:
-        """Fills `slots` evenly: each unit goes into the cheapest one; None if that exceeds the budget."""
+        """Fill `slots` evenly: each unit goes into the cheapest one; None if that exceeds the budget."""
         heap: list[tuple[float, int, _Bin]] = [(0.0, slot, _Bin()) for slot in range(slots)]
         for unit in units:
             _, slot, held = heap[0]
@@ -289,7 +289,7 @@ class MicroBatch:
 
 @contextmanager
 def naming_size(trajectories: Sequence[TokenIds]) -> Iterator[None]:
-    """Adds the micro-batch's size to errors of torch or Python in the block, for the out-of-memory message."""
+    """Add the micro-batch's size to errors of torch or Python in the block, for the out-of-memory message."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:

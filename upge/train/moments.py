@@ -20,7 +20,7 @@ FIRST = "main"
 
 
 def drop_gradient(zero: Any) -> None:
-    """Drops the gradient so far, so that the next backward pass starts from zero."""
+    """Drop the gradient so far, so that the next backward pass starts from zero."""
     zero.zero_grad()
     zero.averaged_gradients = {}
     zero.grad_partitions_flat_buffer.zero_()
@@ -49,7 +49,7 @@ class Moments:
         self.in_use = FIRST
 
     def use(self, name: str) -> None:
-        """Puts the set `name` in use; a new name starts with fresh moments."""
+        """Put the set `name` in use; a new name starts with fresh moments."""
         if name == self.in_use:
             return
         self._idle[self.in_use] = self._zero.state
@@ -57,7 +57,7 @@ class Moments:
         self.in_use = name
 
     def reset(self, everything: bool = False) -> None:
-        """Resets the moments and steps of the set in use; with `everything` it also drops all other sets."""
+        """Reset the moments and steps of the set in use; with `everything` also drop all other sets."""
         if everything:
             self._idle = {}
         self._zero.state = defaultdict(dict)
@@ -74,7 +74,7 @@ class Moments:
         return {"in_use": self.in_use, "idle": idle}
 
     def restore(self, in_use: str, idle: Mapping[str, Sequence[AdamState]]) -> None:
-        """Restores the idle sets, one state per sub-group, and the name of the set in use, both from `state`.
+        """Restore the idle sets, one state per sub-group, and the name of the set in use, both from `state`.
 
         DeepSpeed must already have restored the content of the set in use.
         """

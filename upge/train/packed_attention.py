@@ -49,7 +49,7 @@ _VARLEN_HEAD_LIMIT = 256
 
 
 def prepare(model: PreTrainedModel) -> None:
-    """Changes a causal LM in place so that it runs packed rows, without dropout.
+    """Change a causal LM in place so that it runs packed rows, without dropout.
 
     Raises:
         ModelError: the architecture's attention or logits cannot be reproduced here.
@@ -61,7 +61,7 @@ def prepare(model: PreTrainedModel) -> None:
 
 
 def _without_dropout(model: nn.Module) -> None:
-    """Turns dropout off: log-probs must be deterministic and independent of the micro-batches."""
+    """Turn dropout off: log-probs must be deterministic and independent of the micro-batches."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -71,7 +71,7 @@ def _without_dropout(model: nn.Module) -> None:
 
 
 def register() -> None:
-    """Registers this attention in transformers. Its mask is None, because the lengths determine what is masked."""
+    """Register this attention in transformers. Its mask is None, because the lengths determine what is masked."""
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
 
@@ -80,7 +80,7 @@ def register() -> None:
 
 
 def choose_kernel(device: torch.device) -> None:
-    """Makes torch's attention use FlashAttention 3 in this process, if it is installed and the GPU is a Hopper GPU.
+    """Make torch's attention use FlashAttention 3 in this process, if it is installed and the GPU is a Hopper GPU.
 
     An implementation that is already active is kept.
     """
@@ -109,7 +109,7 @@ def kernel_name(device: torch.device, dtype: str, head_size: int) -> str:
 
 
 def check_supported(model: PreTrainedModel) -> None:
-    """Checks that the model is a decoder whose attention can be replaced and whose logits are W h + b.
+    """Check that the model is a decoder whose attention can be replaced and whose logits are W h + b.
 
     Raises:
         ModelError: it is not.

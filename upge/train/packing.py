@@ -107,7 +107,7 @@ def packed_length(prompt_ids: Sequence[int], response_ids: Sequence[int]) -> int
 def pack(
     trajectories: Sequence[tuple[Sequence[int], Sequence[int]]], device: torch.device | str = "cpu", share: bool = True
 ) -> PackedBatch:
-    """Packs (prompt_ids, response_ids) pairs into one row.
+    """Pack (prompt_ids, response_ids) pairs into one row.
 
     Without trajectories the row is one token that predicts nothing (B = T = n = 0). Ranks without work run it forward
     and backward with a loss of zero, because ZeRO-3's collectives need every rank.
@@ -155,7 +155,7 @@ class _Row:
         self.start: dict[tuple[int, ...], tuple[int, int]] = {}
 
     def add(self, tokens: Sequence[int], place: int) -> int:
-        """Adds a segment whose first token has the given position in its sequence; returns its start in the row."""
+        """Add a segment whose first token has the given position in its sequence; return its start in the row."""
         start = len(self.tokens)
         self.tokens.extend(tokens)
         self.places.extend(range(place, place + len(tokens)))
@@ -164,7 +164,7 @@ class _Row:
         return start
 
     def sequence(self, index: int, prompt: tuple[int, ...], response: Sequence[int], common: bool) -> None:
-        """Adds a trajectory, without its prompt if that is shared and already in the row."""
+        """Add a trajectory, without its prompt if that is shared and already in the row."""
         if not common:
             last = self.add([*prompt, *response[:-1]], 0) + len(prompt) - 1
             following = last + 1

@@ -40,7 +40,7 @@ class State:
     memory: Memory | None = None
 
     def count_skipped(self, report: UpdateReport) -> None:
-        """Counts the updates of a step whose gradient was not finite."""
+        """Count the updates of a step whose gradient was not finite."""
         self.skipped += report.skipped
         norms = {"policy": report.grad_norms, "critic": report.critic_norms}
         for kind, of_kind in (norms | {"interleaved_update": report.interleaved_norms}).items():

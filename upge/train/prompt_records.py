@@ -144,7 +144,7 @@ def drift(seen: Sequence[Visit], prompts: Prompts, logprobs: Sequence[Tensor]) -
 def remember(
     memory: PromptMemory, prompts: Prompts, seen: Sequence[Visit], step: int, moved: Drift = NO_DRIFT
 ) -> dict[str, float]:
-    """Updates the records after a step; returns metrics of the memory as it was before the step."""
+    """Update the records after a step; return metrics of the memory as it was before the step."""
     before = [prompts.records.get(visit.key, _NEW) for visit in seen]
     metrics = {"memory/prompts": float(len(prompts.records))}
     if seen:

@@ -92,7 +92,7 @@ class ReplayBuffer:
         own: list[Trajectory],
         step: int,
     ) -> tuple[list[int], list[Trajectory]]:
-        """Adds the replayed prompts of a step to those that it has sampled, in a seeded order.
+        """Add the replayed prompts of a step to those that it has sampled, in a seeded order.
 
         Args:
             indices, fresh: the examples of the other prompts, and their rollouts.
@@ -138,7 +138,7 @@ class ReplayBuffer:
         return self._has_started or bool(passed) and sum(passed) >= self.settings.start * len(passed)
 
     def add(self, trajectories: Sequence[Trajectory], entering: Sequence[int], step: int) -> None:
-        """Keeps the rows `entering` of a step's trajectories.
+        """Keep the rows `entering` of a step's trajectories.
 
         Args:
             trajectories: the step's trajectories; those that enter carry the log-probs of the policy that sampled them.
@@ -179,7 +179,7 @@ class ReplayBuffer:
         return metrics | ({"replay/age": sum(ages) / len(ages)} if ages else {})
 
     def save(self, checkpoint: Path, step: int) -> None:
-        """Writes the buffer to the checkpoint of `step`, from the main rank; all ranks call it.
+        """Write the buffer to the checkpoint of `step`, from the main rank; all ranks call it.
 
         Raises:
             StorageError: the file cannot be written; all ranks raise it.
@@ -190,7 +190,7 @@ class ReplayBuffer:
                 torch.save({"has_started": self._has_started, "prompts": prompts}, checkpoint / FILE)
 
     def load(self, checkpoint: Path) -> None:
-        """Restores what `save` wrote; all ranks call it.
+        """Restore what `save` wrote; all ranks call it.
 
         Raises:
             ModelError: the file is missing or damaged; all ranks raise it.

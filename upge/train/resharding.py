@@ -150,7 +150,7 @@ def read(path: Path, mapped: bool = True) -> Any:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Raises ModelError if the checkpoint or the file that the block reads is missing or damaged."""
+    """Raise ModelError if the checkpoint or the file that the block reads is missing or damaged."""
     try:
         yield
     except (OSError, RuntimeError, LookupError, TypeError, ValueError, EOFError, UnpicklingError) as error:

@@ -215,7 +215,7 @@ class BatchFiller:
 
     @contextmanager
     def smaller_micro_batches(self, batch: StepBatch) -> Iterator[None]:
-        """Halves the maximum tokens of a micro-batch in the block."""
+        """Halve the maximum tokens of a micro-batch in the block."""
         before = self.config
         total = sum(len(ids) for pair in batch.ids(range(len(batch.trajectories))) for ids in pair)
         half = max(1, min(before.micro_batch_tokens, total) // 2)

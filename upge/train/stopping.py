@@ -40,14 +40,14 @@ class StopSignals:
         return self.number != 0
 
     def note(self, number: int, frame: FrameType | None = None) -> None:
-        """Notes a signal, also one of another rank. A second signal of the same kind ends the process at once."""
+        """Note a signal, also one of another rank. A second signal of the same kind ends the process at once."""
         self.number = self.number or number
         if frame is not None:
             signal.signal(number, signal.SIG_DFL)
 
     @contextmanager
     def noted(self) -> Iterator[None]:
-        """Notes signals in the block and restores their earlier handlers after it."""
+        """Note signals in the block and restore their earlier handlers after it."""
         before = {number: signal.signal(number, self.note) for number in stop_signals()}
         try:
             yield

@@ -76,7 +76,7 @@ class Trainer:
         self._probe: TokenIds | None = None
 
     def restore(self, step: int) -> None:
-        """Continues from the checkpoint of `step`, which any number of ranks may have written.
+        """Continue from the checkpoint of `step`, which any number of ranks may have written.
 
         If the run was stopped because of non-finite updates, their count starts again at 0.
 
@@ -104,7 +104,7 @@ class Trainer:
         return [one for one in (self.earlier, *(learner.replay for learner in learners[:1])) if one is not None]
 
     def run(self) -> Ending:
-        """Trains to the last step, or until it is stopped; returns how it ended."""
+        """Train to the last step, or until stopped; return how the run ended."""
         try:
             return self._run()
         except NonFiniteError as error:
@@ -140,7 +140,7 @@ class Trainer:
         return ending
 
     def _train(self) -> Ending:
-        """Runs the remaining steps, with their evaluations and checkpoints.
+        """Run the remaining steps, with their evaluations and checkpoints.
 
         Raises:
             Interrupted: a rank has received a signal.
@@ -179,12 +179,12 @@ class Trainer:
         return max(self.parts.world.gather(self.parts.stop.number))
 
     def _check_stop(self) -> None:
-        """Raises Interrupted on all ranks if one of them has received a signal."""
+        """Raise Interrupted on all ranks if one of them has received a signal."""
         if self._stop_signal():
             raise Interrupted("stopped by a signal")
 
     def _check_policy(self) -> None:
-        """Computes the log-probs of one trajectory, so that a broken policy never replaces a good one on the disk.
+        """Compute the log-probs of one trajectory, so that a broken policy never replaces a good one on the disk.
 
         Weights can be finite but too large for the model. `_step` checks the weights themselves.
 
@@ -200,7 +200,7 @@ class Trainer:
         self._check_finite("" if finite else "the policy's log-probs of its last trajectories are not finite")
 
     def _check_finite(self, problem: str) -> None:
-        """Raises NonFiniteError on all ranks if `problem` is not empty on one of them."""
+        """Raise NonFiniteError on all ranks if `problem` is not empty on one of them."""
         found = next(filter(None, self.parts.world.gather(problem)), None)
         if found is not None:
             raise NonFiniteError(found)
@@ -219,7 +219,7 @@ class Trainer:
         return work()
 
     def _export(self, folder: Path) -> None:
-        """Writes model and tokenizer."""
+        """Write model and tokenizer."""
         self._check_policy()
         self.parts.models.policy.export(folder)
         with self.parts.world.together(), disk_errors(folder):
@@ -228,7 +228,7 @@ class Trainer:
                 self.parts.fault.mark(folder)
 
     def _keep_if_best(self, line: dict[str, Any]) -> None:
-        """Writes the weights to best/ if the evaluation `line` is the best so far."""
+        """Write the weights to best/ if the evaluation `line` is the best so far."""
         folder, world = self.parts.folder, self.parts.world
         if world.broadcast(world.is_main and folder.is_best(line)):
             self._export(folder.best_partial)
@@ -237,7 +237,7 @@ class Trainer:
                     folder.settle_best(line)
 
     def save(self) -> None:
-        """Saves a checkpoint of the current state, unless there is one.
+        """Save a checkpoint of the current state, unless there is one.
 
         It is written under a temporary name and renamed when complete, so that an incomplete one is never read.
 
@@ -271,7 +271,7 @@ class Trainer:
         self.saved_step = step
 
     def _enter_stage(self, span: Span, learner: Learner) -> Memory:
-        """Resets the optimizers and returns the memory for a stage's first step. Only weights carry over."""
+        """Reset the optimizers and return the memory for a stage's first step. Only weights carry over."""
         if span.first > 0:
             self.parts.models.policy.reset_optimizer(everything=True)
             if self.parts.models.critic is not None:
@@ -279,7 +279,7 @@ class Trainer:
         return learner.memory()
 
     def _step(self) -> bool:
-        """Runs one step; True if too many updates in a row were not finite."""
+        """Run one step; True if too many updates in a row were not finite."""
         config, world, state = self.parts.config, self.parts.world, self.state
         stage = next(i for i, span in enumerate(self.spans) if state.step < span.end)
         span, learner = self.spans[stage], self.learners[stage]
@@ -338,13 +338,13 @@ class Trainer:
         return self.earlier.of_sampler(self.state.step)
 
     def _weights_problem(self) -> str:
-        """Names a model whose weights are not finite on this rank; empty if all are finite."""
+        """Name a model whose weights are not finite on this rank; empty if all are finite."""
         models = {"policy": self.parts.models.policy, "critic": self.parts.models.critic}
         ruined = [name for name, model in models.items() if model is not None and not model.is_finite()]
         return f"the weights of the {ruined[0]} are not finite after the update" if ruined else ""
 
     def _check_verdicts(self, collected: Collected) -> None:
-        """Reports and records failed verdicts of the step in progress; raises VerifierError if there are too many."""
+        """Report and record failed verdicts of the step in progress; raise VerifierError if there are too many."""
         p, step, verdicts = self.parts, self.state.step + 1, collected.verdicts
         with p.world.together():
             if p.world.is_main:
@@ -362,7 +362,7 @@ class Trainer:
         return AlarmMonitor(config.alarms, config.steps, before[0], [line["alarm"] for line in before[1]])
 
     def _raise_alarms(self, metrics: Mapping[str, float]) -> None:
-        """Reports a step's new alarms. Those of `stop.alarms` stop the run, on all ranks."""
+        """Report a step's new alarms. Those of `stop.alarms` stop the run, on all ranks."""
         world = self.parts.world
         new = self.alarms.step(metrics) if world.is_main else {}
         with world.together():

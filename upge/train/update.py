@@ -127,7 +127,7 @@ class Updater:
         state: Mapping[str, float] | None = None,
         diagnostics: Diagnostics = NO_DIAGNOSTICS,
     ) -> UpdateReport:
-        """Makes all updates of a step; every rank passes the same trajectories.
+        """Make all updates of a step; every rank passes the same trajectories.
 
         Args:
             trajectories: the step's trajectories.
@@ -214,7 +214,7 @@ class Updater:
         find_top_tokens: bool = False,
         poll: Callable[[], None] | None = None,
     ) -> PolicyPasses:
-        """Accumulates the policy gradient of an update over micro-batches, without the optimizer step.
+        """Accumulate the policy gradient of an update over micro-batches, without the optimizer step.
 
         If parts of reach 'batch' leave nothing to learn from, there is no gradient.
 
@@ -295,7 +295,7 @@ class Updater:
         estimates_of: EstimatesOf,
         poll: Callable[[], None] | None = None,
     ) -> list[ForwardPass]:
-        """Runs the forward and backward passes of this rank's micro-batches; returns those with trajectories.
+        """Run the forward and backward passes of this rank's micro-batches; return those with trajectories.
 
         A rank without work runs an empty micro-batch with a loss of zero, because ZeRO-3's collectives need all ranks.
         """
@@ -318,7 +318,7 @@ class Updater:
 
     @torch.no_grad()
     def _probe(self, batch: StepBatch) -> list[MetricSums]:
-        """Compares sampler and trainer on one rollout per rank, if the first update of the policy does not.
+        """Compare sampler and trainer on one rollout per rank, if the first update of the policy does not.
 
         This reveals a sampler with stale weights in every step.
         """

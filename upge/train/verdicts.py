@@ -43,7 +43,7 @@ class StepVerdicts:
         return {"verify/timeouts": status["timeout"], "verify/errors": status["error"]} if self.count else {}
 
     def check(self, limit: float, step: int) -> None:
-        """Refuses the verdicts if too many failed, because the rewards of failed ones say nothing about the responses.
+        """Refuse the verdicts if too many failed, because the rewards of failed ones say nothing about the responses.
 
         Args:
             limit: the largest share of failed verdicts.

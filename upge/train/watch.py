@@ -45,7 +45,7 @@ class Watch:
             threading.Thread(target=self._run, name="watch", daemon=True).start()
 
     def wait(self) -> None:
-        """Waits for the watch to notice that another rank has ended, which ends this process.
+        """Wait for the watch to notice that another rank has ended, which ends this process.
 
         On a busy machine, the watch may take longer than its intervals.
         """
@@ -58,11 +58,11 @@ class Watch:
                 return
 
     def end(self) -> None:
-        """Ends the watch. All ranks call it after a barrier and before any of them exits."""
+        """End the watch. All ranks call this after a barrier and before any of them exits."""
         self._over.set()
 
     def fail(self, ending: Ending) -> bool:
-        """Ends the other ranks and gives them the reason; returns whether this rank is the first to do so."""
+        """End the other ranks and give them the reason; return whether this rank is the first to do so."""
         self._over.set()
         return self._tell(Ending(ending.code, f"rank {self._rank}: {ending.reason}"))
 
@@ -87,7 +87,7 @@ class Watch:
                 os._exit(ending.code)
 
     def _exchange(self) -> Ending | None:
-        """Passes on signals to and from the other ranks; returns the ending of one that failed, if any."""
+        """Pass on signals to and from the other ranks; return the ending of one that failed, if any."""
         if self._store is None:
             return None
         if self._stop.number:
@@ -97,7 +97,7 @@ class Watch:
         return Ending(*json.loads(self._store.get(_FAILED))) if self._store.check([_FAILED]) else None
 
     def _tell(self, ending: Ending) -> bool:
-        """Passes an ending on to the other ranks; returns whether this rank is the first to do so."""
+        """Pass an ending on to the other ranks; return whether this rank is the first to do so."""
         if self._store is None:
             return True
         try:

@@ -50,14 +50,14 @@ class AnswerVerifier(ABC):
 
     @abstractmethod
     def check_answer(self, answer: str) -> None:
-        """Refuses a ground truth that no answer can be compared with.
+        """Refuse a ground truth that no answer can be compared with.
 
         Raises:
             ValueError: no answer can be compared with `answer`.
         """
 
     def warm_up(self) -> None:
-        """Imports and caches what `judge` needs. Called once, before worker processes are forked."""
+        """Import and cache what `judge` needs. Called once, before worker processes are forked."""
 
     def __call__(self, response: str, answer: str, prompt: str | None = None) -> float:
         """The reward in [0, 1]; 0 if the response has no answer, or if `judge` fails on it."""
@@ -233,7 +233,7 @@ class Verdict:
 
 
 def checked(item: Item) -> Item:
-    """Returns `item` after checking the types of its fields.
+    """Return `item` after checking the types of its fields.
 
     Raises:
         TypeError: a field of `item` has another type.

@@ -38,7 +38,7 @@ class ChoiceVerifier(AnswerVerifier):
         return float(label != "" and label == _label(answer))
 
     def check_answer(self, answer: str) -> None:
-        """Refuses a ground truth that is not the label of an option.
+        """Refuse a ground truth that is not the label of an option.
 
         Raises:
             ValueError: `answer` is not one letter or digit.
@@ -129,7 +129,7 @@ class RegexVerifier(AnswerVerifier):
         return float(re.fullmatch(answer, given) is not None)
 
     def check_answer(self, answer: str) -> None:
-        """Refuses an invalid or empty pattern.
+        """Refuse an invalid or empty pattern.
 
         Raises:
             ValueError: `answer` is empty or not a regular expression.
@@ -158,4 +158,4 @@ class BoxedVerifier(AnswerVerifier):
         return 1.0
 
     def check_answer(self, answer: str) -> None:
-        """Accepts any ground truth, because none is read."""
+        """Accept any ground truth, because none is read."""

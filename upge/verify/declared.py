@@ -58,7 +58,7 @@ class Declared:
         return not self.asks or "answer" in self.asks
 
     def call(self, verifier: Verifier, values: dict[str, Any]) -> object:
-        """Calls the verifier with those of the `values` (of `ARGUMENTS` or `GROUP_ARGUMENTS`) that it takes."""
+        """Call the verifier with those of the `values` (of `ARGUMENTS` or `GROUP_ARGUMENTS`) that it takes."""
         if not self.asks:
             return verifier(values["response"], values["answer"], values["prompt"])
         return verifier(**{name: values[name] for name in self.asks})

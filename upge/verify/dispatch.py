@@ -85,7 +85,7 @@ class Dispatcher:
         return future
 
     def require_open(self) -> None:
-        """Does nothing if tasks can be submitted.
+        """Do nothing if tasks can be submitted.
 
         Raises:
             RuntimeError: the pool is closed, has failed, or belongs to another process.
@@ -98,19 +98,19 @@ class Dispatcher:
             raise RuntimeError("this VerifierPool is closed; make a new one")
 
     def wake(self) -> None:
-        """Makes the thread check its inbox, cancelled futures, and whether it is to end."""
+        """Make the thread check its inbox, cancelled futures, and whether it is to end."""
         try:
             self._bell.send(b"!")
         except OSError:  # enough signals are already pending, or the thread has ended
             pass
 
     def _notice(self, future: Future[Any]) -> None:
-        """Wakes the thread if a future was cancelled, because its worker may now be free."""
+        """Wake the thread if a future was cancelled, because its worker may now be free."""
         if future.cancelled():
             self.wake()
 
     def close(self) -> None:
-        """Ends the processes and cancels pending futures. Does nothing in a fork of the process."""
+        """End the processes and cancel pending futures. Do nothing in a fork of the process."""
         if os.getpid() != self._owner:
             return
         self._is_closing = True
@@ -142,7 +142,7 @@ class Dispatcher:
             self._ear.close()
 
     def _take_in(self) -> None:
-        """Turns the inbox into jobs. A task that already has a job adds its future to that job."""
+        """Turn the inbox into jobs. A task that already has a job adds its future to that job."""
         while self._inbox:
             task, future = self._inbox.popleft()
             job = self._jobs.get(task)
@@ -152,7 +152,7 @@ class Dispatcher:
             job.futures.append(future)
 
     def _give_up_unwanted(self) -> None:
-        """Frees workers whose futures are all cancelled."""
+        """Free workers whose futures are all cancelled."""
         for worker in list(self._team.workers):
             if worker.job is not None and not worker.job.is_wanted:
                 self._end(worker.job)
@@ -170,7 +170,7 @@ class Dispatcher:
                     break
 
     def _listen(self) -> None:
-        """Waits for a worker, a caller or a deadline."""
+        """Wait for a worker, a caller or a deadline."""
         workers = list(self._team.workers)
         first = min(worker.deadline for worker in workers)
         patience = None if first == float("inf") else max(0.0, first - time.monotonic())
@@ -194,7 +194,7 @@ class Dispatcher:
                 self._expire(worker)
 
     def _exchange(self, worker: Worker, event: int) -> None:
-        """Sends and receives what can be sent and received at once, or handles the worker's death.
+        """Send and receive what can be sent and received at once, or handle the worker's death.
 
         `event` is the mask of `select.poll`.
         """
@@ -210,7 +210,7 @@ class Dispatcher:
             self._bury(worker, f"the worker process was replaced, because it sent {error}")
 
     def _accept(self, worker: Worker, message: Message) -> None:
-        """Handles one message of a worker.
+        """Handle one message of a worker.
 
         Raises:
             ProtocolError: the message is out of turn. Code that a response contains may write to the socket.
@@ -259,7 +259,7 @@ class Dispatcher:
         return (verdict,) * task.responses if task.responses else verdict
 
     def _bury(self, worker: Worker, reason: str = "") -> None:
-        """Replaces a worker that has died or must be killed.
+        """Replace a worker that has died or must be killed.
 
         If it had started its item, the item ends in an error; otherwise the item is queued again.
 
@@ -280,7 +280,7 @@ class Dispatcher:
             )
 
     def _expire(self, worker: Worker) -> None:
-        """Replaces a worker that has exceeded its deadline."""
+        """Replace a worker that has exceeded its deadline."""
         if worker.pid is None:
             raise VerifierError(
                 f"a verification process for {self._team.title} was not ready after {START_LIMIT:g} s; check what the "
@@ -302,7 +302,7 @@ class Dispatcher:
         self._end(job, outcome)
 
     def _end(self, job: Job, outcome: Outcome | RuntimeError | None = None) -> None:
-        """Sets the outcome of a job's futures; None cancels them."""
+        """Set the outcome of a job's futures; None cancels them."""
         del self._jobs[job.task]
         for future in job.futures:
             if outcome is None:

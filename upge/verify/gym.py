@@ -31,7 +31,7 @@ class ReasoningGymVerifier(AnswerVerifier):
         return min(max(float(score(given, entry)), 0.0), 1.0)  # keeps NaN, which is an error
 
     def check_answer(self, answer: str) -> None:
-        """Refuses an invalid entry, and an entry whose own answer does not earn the full reward.
+        """Refuse an invalid entry, and an entry whose own answer does not earn the full reward.
 
         Raises:
             ValueError: `answer` is not the JSON of an entry, its task is unknown, or its answer earns less than 1.

@@ -46,7 +46,7 @@ def environment(names: Iterable[str] = ()) -> dict[str, str]:
 
 
 def leave_network() -> bool:
-    """Moves this process and all that it starts to a network without devices. It must have a single thread.
+    """Move this process and all that it starts to a network without devices. It must have a single thread.
 
     Returns:
         Whether that worked. It needs Linux and either a privileged user or user namespaces.
@@ -71,12 +71,12 @@ def can_leave_network() -> bool:
 
 
 def adopt_orphans() -> None:
-    """Makes this process adopt all its descendants whose own parents end, in any session."""
+    """Make this process adopt all its descendants whose own parents end, in any session."""
     _prctl(_SET_CHILD_SUBREAPER, 1)
 
 
 def die_with_parent(parent: int) -> None:
-    """Makes the kernel kill this process when its parent, which has the id `parent`, ends."""
+    """Make the kernel kill this process when its parent, which has the id `parent`, ends."""
     _prctl(_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
@@ -94,7 +94,7 @@ def children() -> set[int]:
 
 
 def kill(pid: int) -> int | None:
-    """Kills a child and its process group. Returns its wait status, or None if this user may not kill it.
+    """Kill a child and its process group. Return its wait status, or None if this user may not kill it.
 
     The id cannot have been reused, because only this function reaps children.
     """
@@ -108,7 +108,7 @@ def kill(pid: int) -> int | None:
 
 
 def limit_resources(gibibytes: float | None) -> None:
-    """Limits this process and those that it starts.
+    """Limit this process and those that it starts.
 
     Args:
         gibibytes: the address space allowed beyond the current size [GiB], so that a memory bomb fails in this process;
@@ -128,7 +128,7 @@ def limit_resources(gibibytes: float | None) -> None:
 
 
 def limit_cpu(seconds: int) -> None:
-    """Limits the total CPU time of this process, and of each process that it starts, to `seconds`.
+    """Limit the total CPU time of this process, and of each process that it starts, to `seconds`.
 
     This ends processes that a verifier leaves behind; the worker itself is limited by wall-clock time.
     """

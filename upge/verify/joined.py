@@ -69,12 +69,12 @@ class Groups:
         return future
 
     def _forget(self, key: tuple[str, object]) -> None:
-        """Drops a group that will never be complete, because one of its members was cancelled."""
+        """Drop a group that will never be complete, because one of its members was cancelled."""
         with self._lock:
             self._waiting.pop(key, None)
 
     def cancel(self) -> None:
-        """Cancels the futures of incomplete groups."""
+        """Cancel the futures of incomplete groups."""
         with self._lock:
             waiting = [future for members in self._waiting.values() for _, future in members.values()]
             self._waiting.clear()
@@ -83,7 +83,7 @@ class Groups:
 
 
 def _settle(future: Future[Verdict], is_cancelled: bool, result: Callable[[], Verdict]) -> None:
-    """Sets the outcome of a future that may be cancelled at any time."""
+    """Set the outcome of a future that may be cancelled at any time."""
     if is_cancelled:
         future.cancel()
     if not future.set_running_or_notify_cancel():

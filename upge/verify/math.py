@@ -74,7 +74,7 @@ class MathVerifier(AnswerVerifier):
         return float(any(_judge(given, gold, prompt) for gold in accepted(answer)))
 
     def check_answer(self, answer: str) -> None:
-        """Refuses a ground truth that does not parse. Plain numbers, roots and fractions need no parser.
+        """Refuse a ground truth that does not parse. Plain numbers, roots and fractions need no parser.
 
         Raises:
             ValueError: `answer` is empty or of no kind in `upge.verify.answer`.

@@ -44,17 +44,17 @@ class Channel:
         return self._connection.fileno()
 
     def close(self) -> None:
-        """Closes the socket."""
+        """Close the socket."""
         self._connection.close()
 
     # --- a worker's end ---
 
     def send(self, message: Message) -> None:
-        """Sends a message; raises OSError if the other end is closed."""
+        """Send a message; raise OSError if the other end is closed."""
         self._connection.sendall(_packed(message))
 
     def receive(self) -> Message:
-        """Waits for the next message.
+        """Wait for the next message.
 
         Raises:
             EOFError, OSError: the other end is closed.
@@ -71,12 +71,12 @@ class Channel:
         return bool(self._unsent)
 
     def post(self, message: Message) -> None:
-        """Sends as much of a message as the socket takes; raises OSError if the other end is closed."""
+        """Send as much of a message as the socket takes; raise OSError if the other end is closed."""
         self._unsent += _packed(message)
         self.flush()
 
     def flush(self) -> None:
-        """Sends more of what was posted; raises OSError if the other end is closed."""
+        """Send more of what was posted; raise OSError if the other end is closed."""
         try:
             while self._unsent:
                 del self._unsent[: self._connection.send(self._unsent)]
@@ -84,7 +84,7 @@ class Channel:
             pass
 
     def read(self) -> Iterator[Message]:
-        """Takes the messages that have arrived completely; possibly none.
+        """Take the messages that have arrived completely; possibly none.
 
         Raises:
             EOFError, OSError: the other end is closed.
@@ -104,7 +104,7 @@ class Channel:
         self._received += data
 
     def _next(self) -> Message | None:
-        """Takes the first message from what was received; None if it is not complete."""
+        """Take the first message from what was received; None if it is not complete."""
         if len(self._received) < LENGTH.size:
             return None
         (length,) = LENGTH.unpack_from(self._received)

@@ -156,7 +156,7 @@ class _Writer:
         return rf"({value}\cdot 10^{{{int(exponent)}}})" if exponent else f"({value})"
 
     def fraction(self) -> tuple[str, str] | None:
-        r"""Takes the digits of `\frac{1}{2}`, `\frac12` or ` 1/2`, the rest of a mixed number, if these come next."""
+        r"""Take the digits of `\frac{1}{2}`, `\frac12` or ` 1/2`, the rest of a mixed number, if these come next."""
         shape = "".join("n" if token.text.isdigit() else token.text for token in self.tokens[:7])
         for start, places in ((r"\frac{n}{n}", (2, 5, 7)), (r"\frac n", (1, 1, 2)), ("n/n", (0, 2, 3))):
             if shape.startswith(start.replace(" ", "")):

@@ -54,7 +54,7 @@ class NumberVerifier(AnswerVerifier):
         return float(number is not None and number == read_number(answer))
 
     def check_answer(self, answer: str) -> None:
-        """Refuses a ground truth that is not one number.
+        """Refuse a ground truth that is not one number.
 
         Raises:
             ValueError: `answer` cannot be read as a number.

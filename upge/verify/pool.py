@@ -118,7 +118,7 @@ class VerifierPool:
         return dict(self._rewards)
 
     def submit(self, item: Item) -> Future[Verdict]:
-        """Starts the verification of an item and returns a future of its verdict.
+        """Start the verification of an item and return a future of its verdict.
 
         A verdict that needs no worker is available at once. Equal items that are pending at the same time are verified
         only once. `Future.cancel` works until the verdict is available, and frees the worker. The future's callbacks
@@ -138,7 +138,7 @@ class VerifierPool:
         return self._begin(*self._prepared(checked(item)))
 
     def score(self, items: Iterable[Item]) -> list[Verdict]:
-        """Verifies items and returns one verdict for each, in order. Equal items are verified only once.
+        """Verify items and return one verdict for each, in order. Equal items are verified only once.
 
         All members of a group must be among the items.
 
@@ -161,7 +161,7 @@ class VerifierPool:
             raise
 
     def close(self) -> None:
-        """Ends all processes of the pool and cancels pending futures. Further calls do nothing."""
+        """End all processes of the pool and cancel pending futures. Further calls do nothing."""
         self._end()
         self._groups.cancel()
 
@@ -208,7 +208,7 @@ class VerifierPool:
         return Verdict(reward, extracted=shortened(given))
 
     def _begin_group(self, name: str, items: Sequence[Item]) -> Future[Verdicts]:
-        """Starts the verification of a group of responses to one prompt."""
+        """Start the verification of a group of responses to one prompt."""
         asks, first = self._declared[name].asks, items[0]
         values: dict[str, Any] = {"responses": [item.response for item in items]}
         if "row" in asks:
@@ -222,7 +222,7 @@ class VerifierPool:
 
 
 def check_limits(workers: int, time_limit: float, memory_limit: float | None, environment: Sequence[str]) -> None:
-    """Checks the settings of a `VerifierPool` on this machine.
+    """Check the settings of a `VerifierPool` on this machine.
 
     Raises:
         ConfigError: as for the pool.
@@ -246,7 +246,7 @@ def check_limits(workers: int, time_limit: float, memory_limit: float | None, en
 
 
 def _require_positive(key: str, value: float, most: float, *, whole: bool = False) -> None:
-    """Raises ConfigError unless `value` is a positive number up to `most`."""
+    """Raise ConfigError unless `value` is a positive number up to `most`."""
     right = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
     if not right or not 0 < value <= most:
         kind = "integer" if whole else "number"

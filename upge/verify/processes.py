@@ -99,7 +99,7 @@ class Worker:
         return self.job is not None and number == self.task_number
 
     def take_up(self, job: Any, task: Task, number: int) -> bool:
-        """Sends the task of a job to the worker. Returns False if the worker has died."""
+        """Send the task of a job to the worker. Return False if the worker has died."""
         try:
             self.channel.post([number, *task])
         except OSError:
@@ -149,7 +149,7 @@ class Server:
             )
 
     def fork(self, number: int) -> socket.socket:
-        """Forks a new worker and returns a connection to it. The worker reports when it is ready."""
+        """Fork a new worker and return a connection to it. The worker reports when it is ready."""
         ours, theirs = socket.socketpair()
         with theirs:
             try:
@@ -160,7 +160,7 @@ class Server:
         return ours
 
     def kill(self, number: int) -> int:
-        """Kills a worker, if it is still alive, and all processes that it has started. Returns its wait status."""
+        """Kill a worker, if it is still alive, and all processes that it has started. Return its wait status."""
         self._control.sendall(COMMAND.pack(KILL, number))
         status = self._control.recv(STATUS.size, socket.MSG_WAITALL)
         if len(status) < STATUS.size:
@@ -168,7 +168,7 @@ class Server:
         return STATUS.unpack(status)[0]
 
     def pass_on(self) -> None:
-        """Passes what the processes have printed on to standard error, at most as much as their pipe can hold."""
+        """Pass what the processes have printed on to standard error, at most as much as their pipe can hold."""
         for _ in range(_PIPE // _CHUNK):
             if self.output is None:
                 return
@@ -190,7 +190,7 @@ class Server:
         return f"; the end of their output:\n{text}" if text else "; they printed nothing"
 
     def stop(self, patience: float = 5.0) -> int:
-        """Ends the server, which first ends its workers. After `patience` seconds all of them are killed.
+        """End the server, which first ends its workers. After `patience` seconds all of them are killed.
 
         Returns:
             The server's exit code, or the negative number of the signal that ended it.
@@ -235,11 +235,11 @@ class Team:
         return self._server.output
 
     def pass_on(self) -> None:
-        """Passes what the processes have printed on to standard error."""
+        """Pass what the processes have printed on to standard error."""
         self._server.pass_on()
 
     def replace(self, worker: Worker) -> tuple[str, str]:
-        """Kills `worker`, whatever its state, and starts another in its place.
+        """Kill `worker`, whatever its state, and start another in its place.
 
         Returns:
             How the old one ended, and the end of the processes' output, for messages.
@@ -263,7 +263,7 @@ class Team:
         return ending, words
 
     def stop(self) -> None:
-        """Ends all processes."""
+        """End all processes."""
         for worker in self.workers:
             worker.channel.close()
         # Until its first worker is ready, the server may still be importing and has nothing to clean up.

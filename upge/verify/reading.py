@@ -211,7 +211,7 @@ class _Reader:
         return self.equation(sides) if set(operators) == {"="} else self.inequality(sides, operators)
 
     def check_rounded(self, exact: Sequence[Token], rounded: Sequence[Token]) -> None:
-        """Refuses approximations such as `5 \\approx 6`, in which the second number is not the first one rounded."""
+        """Refuse approximations such as `5 \\approx 6`, in which the second number is not the first one rounded."""
         if any(token.kind == "symbol" and token.text not in ("-", "$", "%", "^", r"\circ") for token in rounded):
             raise UnreadableError("an approximation is not a decimal")
         decimals = next((len(token.text.partition(".")[2]) for token in rounded[::-1] if token.kind == "number"), 0)

@@ -264,7 +264,7 @@ def _rules() -> dict[str, Callable[..., Value]]:
         return value
 
     def off_branch_cut(value: Value) -> Value:
-        """Returns `value` if it is certain on which side of the branch cut of roots and logarithms it lies."""
+        """Return `value` if it is certain on which side of the branch cut of roots and logarithms it lies."""
         if value.real < 0 and 0 < abs(value.imag) <= _CANCELLED * abs(value):
             raise _UncertainError
         return value
@@ -278,7 +278,7 @@ def _rules() -> dict[str, Callable[..., Value]]:
         return exact.binomial(above, below)
 
     def whole(value: Value) -> Value:
-        """Returns `value` if it is certain between which integers it lies."""
+        """Return `value` if it is certain between which integers it lies."""
         if value.imag or abs(value - exact.nint(value)) < _CANCELLED:
             raise _UncertainError
         return value

@@ -28,7 +28,7 @@ COMMAND, STATUS = struct.Struct("=cI"), struct.Struct("=i")
 
 
 def serve(setup: Setup) -> NoReturn:
-    """Serves one pool until the pool's process ends or closes the connection.
+    """Serve one pool until the pool's process ends or closes the connection.
 
     Args:
         setup: the JSON that `processes.Server` writes: descriptor of the connection, id of the parent, import path,
@@ -64,7 +64,7 @@ def serve(setup: Setup) -> NoReturn:
 
 
 def _serve_one(control: socket.socket, setup: Setup, workers: dict[int, int], helpers: set[int]) -> bool:
-    """Waits for one request and handles it. Returns False if the parent has ended or sent QUIT."""
+    """Wait for one request and handle it. Return False if the parent has ended or sent QUIT."""
     while not select.select([control], [], [], 1.0)[0]:
         # A process that the parent forked may hold the other end open after the parent itself has ended.
         if os.getppid() != setup["parent"]:
@@ -90,7 +90,7 @@ def _serve_one(control: socket.socket, setup: Setup, workers: dict[int, int], he
 
 
 def _end_orphans(others: set[int]) -> None:
-    """Kills this process's children except `others`. These are what ended workers have left behind, in any session.
+    """Kill this process's children except `others`. These are what ended workers have left behind, in any session.
 
     A living worker itself adopts the orphans among its descendants.
     """

@@ -15,7 +15,7 @@ import types
 
 
 def import_server() -> types.ModuleType:
-    """Imports `upge.verify.server` without upge's own __init__, which loads torch."""
+    """Import `upge.verify.server` without upge's own __init__, which loads torch."""
     package = types.ModuleType("upge")
     package.__path__ = [os.path.dirname(os.path.dirname(os.path.abspath(__file__)))]
     sys.modules["upge"] = package
@@ -23,13 +23,13 @@ def import_server() -> types.ModuleType:
 
 
 def forget_package() -> None:
-    """Removes the bare package again, so that a user's module that imports `upge` gets the real one."""
+    """Remove the bare package again, so that a user's module that imports `upge` gets the real one."""
     for name in [name for name in sys.modules if name.partition(".")[0] == "upge"]:
         del sys.modules[name]
 
 
 def main() -> None:
-    """Serves the pool that the first argument describes (`processes.Server`)."""
+    """Serve the pool that the first argument describes (`processes.Server`)."""
     # Launchers send these signals to the whole process group. The parent handles them after it has finished its step.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

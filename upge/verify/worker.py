@@ -35,7 +35,7 @@ class Loaded(NamedTuple):
 
 
 def work(connection: socket.socket, server: int, setup: Mapping[str, Any]) -> NoReturn:
-    """Scores responses until the parent closes the connection, then exits without the server's cleanup.
+    """Score responses until the parent closes the connection, then exit without the server's cleanup.
 
     Args:
         connection: the socket to the pool.

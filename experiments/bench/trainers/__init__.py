@@ -36,7 +36,7 @@ PLAIN = ("resume=never", "log_rollouts=0", "checkpoint.every=0")
 
 
 def check(trl: Iterable[str], rows: int, batch: int, key: str) -> None:
-    """Checks the settings of TRL: its ways to sample, the responses of a step, and the rows of its micro-batches.
+    """Check the settings of TRL: its ways to sample, the responses of a step, and the rows of its micro-batches.
 
     Args:
         key: the key of `batch`, for messages.
@@ -65,7 +65,7 @@ class Connection:
         self._read, self._write = os.fdopen(read, "r", encoding="utf-8"), os.fdopen(write, "w", encoding="utf-8")
 
     def send(self, message: Mapping[str, Any]) -> None:
-        """Sends a message; raises BrokenPipeError if the other end is closed."""
+        """Send a message; raise BrokenPipeError if the other end is closed."""
         self._write.write(json.dumps(message) + "\n")
         self._write.flush()
 
@@ -75,7 +75,7 @@ class Connection:
         return json.loads(text) if text else None
 
     def close(self) -> None:
-        """Closes this end; the other end then receives None."""
+        """Close this end; the other end then receives None."""
         for end in (self._write, self._read):
             with suppress(BrokenPipeError):
                 end.close()
@@ -139,13 +139,13 @@ class Child:
         return message
 
     def ask(self, do: str, **more: Any) -> dict[str, Any]:
-        """Sends a command and waits for the answer; raises the errors of `answer`."""
+        """Send a command and wait for the answer; raise the errors of `answer`."""
         with suppress(BrokenPipeError):  # `answer` raises the error
             self._connection.send({"do": do, **more})
         return self.answer()
 
     def close(self) -> None:
-        """Ends the process by closing the connection; kills it if it does not exit."""
+        """End the process by closing the connection; kill it if it does not exit."""
         self._connection.close()
         try:
             self._process.wait(timeout=20.0)
@@ -188,12 +188,12 @@ class StepControl:
         self._comparison, self._compared = ExitStack(), {}
 
     def begin(self) -> None:
-        """Reports that everything is loaded, and waits for the first command."""
+        """Report that everything is loaded, and wait for the first command."""
         self._connection.send({"ready": True})
         self._wait()
 
     def stepped(self, metrics: Mapping[str, float]) -> None:
-        """Adds the metrics of a finished step to the running sums, and waits after the last requested step."""
+        """Add the metrics of a finished step to the running sums, and wait after the last requested step."""
         for name, value in metrics.items():
             self._sums[name] = self._sums.get(name, 0.0) + float(value)
         self._left -= 1
@@ -206,7 +206,7 @@ class StepControl:
         self._wait()
 
     def _wait(self) -> None:
-        """Carries out commands until one starts a step."""
+        """Carry out commands until one starts a step."""
         while (command := self._connection.receive() or {"do": "stop"})["do"] == "evaluate":
             self._connection.send(self._evaluate())
         if command["do"] == "stop":

@@ -66,7 +66,7 @@ class Job:
 
     @classmethod
     def load(cls, arguments: Iterable[str]) -> Job:
-        """Reads and checks the arguments as `python -m experiments.run ARGUMENTS` does."""
+        """Read and check the arguments as `python -m experiments.run ARGUMENTS` does."""
         composed = with_local_models(compose(list(arguments)))
         return cls(composed, prepare(composed))
 
@@ -94,7 +94,7 @@ class WeightEvaluator:
         self._job, self._pool, self._sampler = job, pool, None
 
     def __call__(self, weights: Iterable[tuple[str, Tensor]]) -> dict[str, float]:
-        """Evaluates weights.
+        """Evaluate weights.
 
         Returns:
             `greedy`, `pass` (at least one of k samples right) and `mean` (of k samples), as shares of the problems. The
@@ -111,7 +111,7 @@ class WeightEvaluator:
 
 
 def train(job: dict[str, Any], connection: Connection) -> None:
-    """Trains until it is stopped.
+    """Train until stopped.
 
     Args:
         job: `arguments` are the keys of a run, `checksum` says whether rewards come from checksums of the texts.

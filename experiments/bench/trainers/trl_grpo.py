@@ -27,7 +27,7 @@ from upge.verify import Item
 
 
 def train(job: dict[str, Any], connection: Connection) -> None:
-    """Trains until it is stopped.
+    """Train until stopped.
 
     Args:
         job: `arguments` are the keys of one of our runs with algo=grpo, `checksum` is that of `ours`, `engine` a name
@@ -187,7 +187,7 @@ def _reward(job: Job, rewards: RewardPool) -> Callable[..., list[float]]:
 
 
 def _fix_weight_sync(trainer: TimedTrainer) -> None:
-    """Loads weights into vLLM on a CPU as our sampler does, because TRL's own load_weights fails there."""
+    """Load weights into vLLM on a CPU as our sampler does, because TRL's own load_weights fails there."""
     from upge.rollout.vllm_engine import _pack_heads_again
 
     generation = trainer.vllm_generation
