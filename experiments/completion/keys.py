@@ -18,6 +18,9 @@ def keys() -> dict[str, dict[str, Any]]:
     from experiments.evaluate.prepare import EvaluateConfig
     from experiments.keys import data_keys
     from experiments.push.__main__ import PushConfig
+    from experiments.referee import settings as referee
+    from experiments.regret.settings import RegretConfig
+    from experiments.regret.settings import keys as regret_keys
     from experiments.run.faults import FAULTS
     from experiments.sweep.settings import SweepConfig
     from experiments.watch.__main__ import WatchConfig
@@ -40,7 +43,7 @@ def keys() -> dict[str, dict[str, Any]]:
     }
     evaluate = {one.name: [*one.values] for one in settings(EvaluateConfig)}
     evaluate |= {f"suite.benchmarks.NAME.{one.name}": [*one.values] for one in settings(BenchmarkConfig)}
-    doctor = {name: run.get(name, []) for name, *_ in doctor_keys()}
+    doctor, regret = ({name: run.get(name, []) for name, *_ in rows} for rows in (doctor_keys(), regret_keys()))
     return {
         "run": run,
         "evaluate": {"model": [], "suite": [], **evaluate},
@@ -49,6 +52,9 @@ def keys() -> dict[str, dict[str, Any]]:
         "push": _of(PushConfig),
         "watch": _of(WatchConfig),
         "doctor": {**doctor, **_of(DoctorConfig), "gpus": []},
+        "regret": {**regret, **_of(RegretConfig)},
+        "referee": _names(referee.KEYS),
+        "faults": {"faults": [*FAULTS], "output": []},
         "compare": {name: ["most", "first", "any"] if name == "solved" else [] for name in KEYS},
         "describe": {"algo": [], "correction": []},
         "bench": {name: _of(_bench(name).Settings) for name in sorted(BENCHES)},

@@ -16,6 +16,7 @@ _CONFIGS = ROOT / "experiments" / "configs"
 FOLDERS = {
     "algo": ROOT / "algorithms",
     "algos": ROOT / "algorithms",
+    "gates": ROOT / "algorithms",
     "correction": ROOT / "algorithms" / "corrections",
     **{name: _CONFIGS / name for name in ("model", "data", "recipe", "suite", "sweep")},
     "eval.suite": _CONFIGS / "suite",
@@ -28,6 +29,7 @@ FLAGS = {
     "describe": ("--readme", "--docs"),
     "watch": ("--no-serve",),
     "push": ("--dry-run",),
+    **dict.fromkeys(("bench", "faults", "referee", "regret", "scaling", "table1", "theory"), ("--docs",)),
 }
 #: Commands whose arguments are keys of a run.
 OF_A_RUN = ("run", "explain", "sweep", "diagnose")
