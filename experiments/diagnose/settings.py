@@ -241,8 +241,9 @@ def _read_run(path: Path) -> dict[str, Any]:
     return tree
 
 
-def algorithm_of(name: str, tree: Mapping[str, Any]) -> Algorithm | Pipeline:
-    """The algorithm NAME, or NAME+CORRECTION+..., as in a run with these settings."""
+def algorithm_of(name: str, tree: Mapping[str, Any], key: str = "algos") -> Algorithm | Pipeline:
+    """The algorithm NAME, or NAME+CORRECTION+..., as in a run with these settings; `key` is what names it."""
     plain, *corrections = name.split("+")
+    algorithms.find(plain, path=key)
     whole = OmegaConf.create({**tree, "algo": OmegaConf.to_container(algorithms.read(plain, corrections))})
     return algorithms.compose(whole.algo, algorithms.stem(plain))

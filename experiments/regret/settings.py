@@ -131,7 +131,7 @@ def choose(arguments: Sequence[str]) -> Chosen:
     terms = {name: dataclasses.replace(term, gate=ConstantGate()) for name, term in whole.terms.items()}
     gates: dict[str, GatePair] = {}
     for name in dict.fromkeys(config.gates):
-        gates |= gates_of(name, diagnose.algorithm_of(name, sample.tree), sample.config.group_size)
+        gates |= gates_of(name, diagnose.algorithm_of(name, sample.tree, "gates"), sample.config.group_size)
     gates |= {mixture_name(share): GatePair(ConstantGate(1 - share), ConstantGate(share)) for share in config.mixtures}
     signals = dataclasses.replace(whole, terms=terms)
     return Chosen(config, sample, signals, *names, gates)

@@ -128,7 +128,7 @@ def test_a_run_s_checkpoints_are_policies(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
-        (["algos=[nothing]"], "no algorithm 'nothing'"),
+        (["algos=[nothing]"], "algos: no algorithm 'nothing'"),
         (["algos=[ppo]"], "nothing is left to measure: ppo: it needs a critic's values"),
         (["algos=[gkd]"], "gkd: it needs a teacher; give another model with teacher.path"),
         (["algos=[gkd]", "teacher.path=nowhere"], "'nowhere' is neither a model's folder"),

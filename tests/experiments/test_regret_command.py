@@ -55,7 +55,7 @@ def test_every_number_is_recorded(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
-        (["gates=[luffy,nothing]"], "no algorithm 'nothing'"),
+        (["gates=[luffy,nothing]"], "gates: no algorithm 'nothing'"),
         (["gates=[srft]"], "srft does not have exactly one term on rollouts and one on demonstrations"),
         (["gates=[sft_then_grpo]"], "sft_then_grpo does not have"),
         (["gates=[1]"], "give names of algorithms"),
