@@ -64,8 +64,8 @@ def _token_rule(tokens: PerToken, length: int | None, batch: TrajectoryView) -> 
 def _check_length(part: Component, tokens: PerToken, length: int | None) -> None:
     if (tokens == "fixed") != (length is not None):
         raise ConfigError(
-            f"{type(part).__name__}: tokens={tokens!r}, length={length}; give `length` with tokens: fixed, and only "
-            "with it"
+            f"{type(part).__name__}: tokens={tokens!r}, length={length}; tokens: fixed needs `length`, and the other "
+            "values do not take it"
         )
     if length is not None and length < 1:
         raise ConfigError(f"{type(part).__name__}.length: {length} must be at least 1")

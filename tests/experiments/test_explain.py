@@ -46,7 +46,7 @@ def test_the_origins_are_named_in_order(capsys: pytest.CaptureFixture) -> None:
     assert "part        upge.PPOClip, setting high" in text and "arXiv 1707.06347" in text
     text = explained(capsys, "algo.terms.rl.estimator.advantage.limit", "algo=dapo")
     assert "limit = 64\n    from        algo=dapo; it follows rollout.max_response_tokens\n" in text
-    assert "number of tokens from which on the full penalty applies" in text
+    assert "number of tokens from which the full penalty applies" in text
     text = explained(capsys, "correction.tis.level", "algo=grpo", "correction=tis", "correction.tis.level=sequence")
     assert "= sequence\n    from        the command line\n    instead of  token (correction=tis)\n" in text
     part = "algo.terms.rl.estimator.mask={_target_: upge.NoMask}"

@@ -38,7 +38,7 @@ def test_one_bad_line_costs_one_line(folder, bad, place):
     lines = [*GOOD[:place], BAD[bad], *GOOD[place:]]
     path = folder.path / "metrics.jsonl"
     path.write_bytes(b"".join(line + b"\n" for line in lines))
-    with pytest.warns(UserWarning, match=rf"metrics.jsonl:{place + 1}: .* left out"):
+    with pytest.warns(UserWarning, match=rf"metrics.jsonl:{place + 1}: .* skipped"):
         assert [line["step"] for line in read_lines(path)] == [1, 2, 4, 5]
     with pytest.warns(UserWarning):
         folder.rewind(4)

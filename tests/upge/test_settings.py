@@ -69,7 +69,7 @@ from upge import ConfigError
         (lambda: upge.Schedule(warmup=1.5), ["Schedule.warmup", "1.5", "int"]),
         (lambda: upge.ProductOf((upge.NoMask(),)), ["ProductOf.gates", "Gate"]),
         (lambda: upge.FixedLength(0), ["FixedLength.length", "0", "at least 1"]),
-        (lambda: upge.QuestionMean(tokens="fixed"), ["QuestionMean", "length=None", "needs it"]),
+        (lambda: upge.QuestionMean(tokens="fixed"), ["QuestionMean", "length=None", "needs `length`"]),
         (lambda: upge.QuestionMean(length=5), ["QuestionMean", "tokens='mean'", "length=5"]),
         (lambda: upge.TokenMean(over="all"), ["TokenMean.over", "'all'", "'term', 'batch'"]),
         (lambda: upge.SequenceMean(tokens="fixed"), ["SequenceMean.tokens", "'fixed'"]),
