@@ -274,7 +274,7 @@ BRIDGES: tuple[tuple[type, type, Holds, bool, str, str], ...] = (
      "a set of one solution"),
     (Numeral, Scalar, lambda gold, given: gold.digits == given.latex, False, "`52_8` ← `52`",
      "the question names the base"),
-    (Clock, Ratio, _time, True, "`2:30 pm` ← `2:30`", "a time of day without its half"),
+    (Clock, Ratio, _time, True, "`2:30 pm` ← `2:30`", "a time of day without am or pm"),
 )  # fmt: skip
 """Pairs of kinds whose answers may be the same: (kind, other kind, function that compares two of them, whether either
 or only the first may be the ground truth, example, reason). The first row that fits decides."""
