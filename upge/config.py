@@ -153,7 +153,7 @@ def _typed(kind: Any, value: Any, item: dataclasses.Field, where: str) -> Any:
         if not isinstance(value, Mapping):
             inner = ", ".join(f.name for f in dataclasses.fields(kind))
             raise ConfigError(f"found {value!r}, expected keys such as {where}.KEY: {inner}", where)
-        return from_tree(kind, value, where)
+        return from_tree(cast("type", kind), value, where)
     value = item.metadata.get("aliases", {}).get(str(value).lower(), value)
     wrong = mismatch(value, kind)
     if wrong:
