@@ -138,7 +138,8 @@ def _with_arguments(
     problems, overrides = Problems(), []
     for key, value in items:
         with problems:
-            if _is_override(key):
+            _refuse_choice(key)
+            if key != "algo." and key.startswith(("algo.", "correction.")):
                 overrides.append(f"{key.removeprefix('algo.')}={value}")
             elif key not in GROUPS:
                 tree = _set(tree, key, value)
@@ -149,12 +150,11 @@ def _with_arguments(
     return tree, notes
 
 
-def _is_override(key: str) -> bool:
-    """Whether a key belongs to the algorithm or to a correction."""
+def _refuse_choice(key: str) -> None:
+    """Refuse the keys of an algorithm's tree that only algo=NAME and correction=NAME set."""
     if key == "algo.name" or key.startswith("algo.correction."):
         fix = "an algorithm is chosen by algo=NAME" if key == "algo.name" else f"write {key.removeprefix('algo.')}"
         raise ConfigError(f"{key}: is not a setting of the algorithm; {fix}")
-    return key != "algo." and key.startswith(("algo.", "correction."))
 
 
 def _defaults() -> Iterator[tuple[str, Any]]:

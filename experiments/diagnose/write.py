@@ -36,7 +36,9 @@ def bias_variance_grid(result: Result) -> Grid:
         rows.append(Row(tuple(cells)))
     header = ["algorithm", "cosine", "bias", "noise", "snr", "alignment", "imitation"]
     # Exact sums have no intervals, and no bins.
-    title = "Bias and variance of one batch's gradient against ∇E[R]" + ", with 95 % intervals" * bool(result.bins)
+    title = "Bias and variance of one batch's gradient against ∇E[R]"
+    if result.bins:
+        title += ", with 95 % intervals"
     return Grid("plane", title, (*header, *["held out"] * held_out), tuple(rows))
 
 
