@@ -197,7 +197,7 @@ class Setting:
         """Its values in words."""
         if self.values:
             return ", ".join(self.values[:-1]) + f" or {self.values[-1]}"
-        kinds = {int: "an integer", float: "a number", str: "a text", list: "a list", dict: "a mapping"}
+        kinds = {int: "an integer", float: "a number", str: "a string", list: "a list", dict: "a mapping"}
         return ", ".join(filter(None, [kinds.get(self.kind, str(self.kind)), self.range.describe()]))
 
 

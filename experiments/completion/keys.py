@@ -16,7 +16,7 @@ def keys() -> dict[str, dict[str, Any]]:
     from experiments.doctor.settings import DoctorConfig
     from experiments.doctor.settings import keys as doctor_keys
     from experiments.evaluate.prepare import EvaluateConfig
-    from experiments.keys import data_keys
+    from experiments.keys import data_keys, run_values
     from experiments.push.__main__ import PushConfig
     from experiments.referee import settings as referee
     from experiments.regret.settings import RegretConfig
@@ -26,21 +26,8 @@ def keys() -> dict[str, dict[str, Any]]:
     from experiments.watch.__main__ import WatchConfig
     from upge.config import settings
     from upge.evaluation.suite import BenchmarkConfig
-    from upge.train.alarms import ALARMS
-    from upge.train.config import LOG_TO, RunConfig
-    from upge.train.faults import NONE
 
-    run = {one.name: [*one.values] for one in settings(RunConfig)}
-    run |= {
-        "recipe": [],
-        "correction": [],
-        "model": [],
-        "gpus": [],
-        "fault": [NONE, *FAULTS],
-        "log_to": [*LOG_TO],
-        "stop.alarms": sorted(ALARMS),
-        "resume": ["auto", "never"],
-    }
+    run = {**run_values(), **_names(("recipe", "correction", "model", "gpus"))}
     evaluate = {one.name: [*one.values] for one in settings(EvaluateConfig)}
     evaluate |= {f"suite.benchmarks.NAME.{one.name}": [*one.values] for one in settings(BenchmarkConfig)}
     doctor, regret = ({name: run.get(name, []) for name, *_ in rows} for rows in (doctor_keys(), regret_keys()))

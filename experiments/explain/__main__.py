@@ -13,8 +13,8 @@ from experiments import cli, hints
 from experiments.config import CONFIGS, GROUPS, Composed, compose, known_keys, presets
 from experiments.describe import correction_description
 from experiments.explain.parts import Owner, owner
-from experiments.keys import data_meaning, first_comment, shown
-from upge.config import settings
+from experiments.keys import data_meaning, first_comment, run_values, shown
+from upge.config import Setting, settings
 from upge.errors import ConfigError
 from upge.instantiate import TARGET
 from upge.train.config import RunConfig
@@ -136,10 +136,16 @@ def _meaning(composed: Composed, key: str) -> list[str]:
         return [_row("meaning", meaning)] if meaning else []
     for one in settings(RunConfig):
         if one.name == key:
-            return [_row("values", one.allowed), _row("meaning", one.meaning)]
+            return [_row("values", _allowed(one)), _row("meaning", one.meaning)]
         if key.startswith(f"{one.name}."):
             return [_row("meaning", f"an entry of {one.name}: {one.meaning}")]
     return []
+
+
+def _allowed(setting: Setting) -> str:
+    """A setting's values in words, with the names that it knows."""
+    names = [] if setting.values else run_values().get(setting.name, [])
+    return f"{setting.allowed}; known names: {', '.join(names)}" if names else setting.allowed
 
 
 def _of_part(found: Owner | None) -> list[str]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
+from algorithms import stem
 from experiments.grid import accuracy_rows, markdown_table, measures, number
 from experiments.report.folder import RunFolder
 
@@ -23,12 +24,12 @@ _METRICS = ("reward/mean", "pass_rate", "loss", "entropy", "response_length", "g
 def card(run: RunFolder, name: str) -> str:
     """The text of README.md for the model of a run; `name` is its title."""
     names = run.run.get("names") if isinstance(run.run.get("names"), Mapping) else {}
-    config = OmegaConf.create(run.config)
-    algorithm = "+".join(filter(None, [str(names.get("algo", "")), *str(names.get("correction") or "").split(",")]))
+    config, parts = OmegaConf.create(run.config), _parts(names)
+    algorithm = "+".join(parts)
     description = OmegaConf.select(config, "algo.description") or ""
     base = _base(config)
-    parts = [
-        _front_matter(config, names),
+    sections = [
+        _front_matter(config, parts),
         f"# {name}",
         f"{base or names.get('model')}, trained with `{algorithm}` ({description}) on `{names.get('data')}` by upge.",
         "## Gradient",
@@ -43,13 +44,18 @@ def card(run: RunFolder, name: str) -> str:
         "## Versions",
         _versions(run.run),
     ]
-    return "\n\n".join(filter(None, parts)) + "\n"
+    return "\n\n".join(filter(None, sections)) + "\n"
 
 
-def _front_matter(config: Any, names: Mapping[str, Any]) -> str:
+def _parts(names: Mapping[str, Any]) -> list[str]:
+    """The names of the run's algorithm and corrections; a file's is its name without folder and suffix."""
+    chosen = [str(names.get("algo") or ""), *str(names.get("correction") or "").split(",")]
+    return [stem(one) for one in chosen if one]
+
+
+def _front_matter(config: Any, parts: Sequence[str]) -> str:
     """The metadata that the hub reads."""
-    tags = ["upge", *filter(None, [str(names.get("algo") or ""), *str(names.get("correction") or "").split(",")])]
-    data: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": tags}
+    data: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["upge", *parts]}
     if base := _base(config):
         data["base_model"] = base
     hub = OmegaConf.select(config, "data.hub")

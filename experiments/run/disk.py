@@ -68,12 +68,15 @@ def check_disk(disk: Disk, config: RunConfig, machine: Machine, output: Path) ->
     What the output folder holds already counts as free, because a run that continues replaces it.
 
     Raises:
-        ConfigError: it does not fit, and the machine is this one.
+        ConfigError: it does not fit, and the machine is this one; or the folder is not on a disk.
     """
     parent = next(p for p in (output.absolute(), *output.absolute().parents) if p.exists())
-    room = shutil.disk_usage(parent).free + _bytes_in(output)
+    usage = shutil.disk_usage(parent)
+    room = usage.free + _bytes_in(output)
     if disk.peak <= room:
         return ()
+    if not usage.total and machine.is_here:
+        raise ConfigError(f"output: {parent} is not on a disk, so it cannot hold a run; give a folder on a disk")
     needed = (
         f"{output} needs {disk.peak / GIB:.1f} GiB for up to {disk.most} checkpoints of {disk.checkpoint / GIB:.1f} "
         f"GiB and the weights in final/, and {room / GIB:.1f} GiB are free"

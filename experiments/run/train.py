@@ -119,9 +119,6 @@ def train(composed: Any, prepared: Any, world: World, stop: StopSignals, watch: 
     from experiments.run import faults
     from experiments.run.launch import check_shared
     from experiments.run.prepare import verifier_pool
-    from upge.evaluation.evaluator import training_accuracy
-    from upge.rollout.verified_sampling import FirstError, VerifiedSampler
-    from upge.train.parts import Parts
     from upge.train.trainer import Trainer
 
     config, folder = composed.config, prepared.folder
@@ -135,17 +132,9 @@ def train(composed: Any, prepared: Any, world: World, stop: StopSignals, watch: 
             sampler = _sampler(config)
         say(f"rollouts: {sampler.reason}")
         resume_from = world.broadcast(folder.resume_step(config.resume) if prepared.continues else None)
-        first_error = FirstError(partial(tqdm.write, file=sys.stderr))
-        passing = {"pass_threshold": config.verify.pass_threshold, "success": config.verify.success}
-        verified = VerifiedSampler(
-            sampler, pool, prepared.prompting, first_error, stop.requested, rewards=pool.rewards, **passing
-        )
-        training = replace(verified, engine=fault.sampler(sampler))
         progress = Progress(config.steps, resume_from or 0, world.is_main and "console" in config.log_to)
         told = Told(progress, folder.path, config.steps)
-        data = (fault.examples(prepared.train), prepared.weights, prepared.prompting)
-        measure = partial(training_accuracy, config, prepared.evaluation, verified, world)
-        parts = Parts(config, composed.algorithm, *data, models, training, measure, folder, world, stop, fault)
+        parts = _parts(composed, prepared, world, stop, models, sampler, pool, fault)
         trainer = Trainer(parts, told.step, told.evaluation, progress.note, progress.alarm)
         if resume_from is not None:
             trainer.restore(resume_from)
@@ -172,6 +161,32 @@ def train(composed: Any, prepared: Any, world: World, stop: StopSignals, watch: 
             watch.end()
             sampler.close()
     return ending
+
+
+def _parts(
+    composed: Any, prepared: Any, world: World, stop: StopSignals, models: Any, sampler: Any, pool: Any, fault: Any
+) -> Any:
+    """What the trainer works with: data, models, verified rollouts and the evaluation during training."""
+    from upge.evaluation.evaluator import training_accuracy
+    from upge.rollout.verified_sampling import FirstError, VerifiedSampler
+    from upge.train.parts import Parts
+
+    config = composed.config
+    verified = VerifiedSampler(
+        sampler,
+        pool,
+        prepared.prompting,
+        FirstError(partial(tqdm.write, file=sys.stderr)),
+        stop.requested,
+        rewards=pool.rewards,
+        pass_threshold=config.verify.pass_threshold,
+        success=config.verify.success,
+    )
+    # Evaluations never have the fault of the training rollouts.
+    training = replace(verified, engine=fault.sampler(sampler))
+    data = (fault.examples(prepared.train), prepared.weights, prepared.prompting)
+    measure = partial(training_accuracy, config, prepared.evaluation, verified, world)
+    return Parts(config, composed.algorithm, *data, models, training, measure, prepared.folder, world, stop, fault)
 
 
 def _introduce(composed: Any, prepared: Any, fault: Any, say: Any) -> None:

@@ -54,7 +54,7 @@ def free(monkeypatch):
     """Sets the free bytes of every disk."""
 
     def set_free(size: int) -> None:
-        monkeypatch.setattr(disk.shutil, "disk_usage", lambda _: SimpleNamespace(free=size))
+        monkeypatch.setattr(disk.shutil, "disk_usage", lambda _: SimpleNamespace(free=size, total=2**50))
 
     return set_free
 
@@ -70,6 +70,11 @@ def test_a_full_disk_is_refused_at_the_start_and_in_a_dry_run(free, tmp_path):
         message = str(caught.value)
         assert str(tmp_path / "run") in message and "up to 3 checkpoints" in message
         assert "checkpoint.keep=1 instead of 3" in message and "checkpoint.every=0 instead of 10" in message
+
+
+def test_a_folder_that_is_not_on_a_disk_is_refused():
+    with pytest.raises(ConfigError, match=r"^output: /proc/\S* is not on a disk, so it cannot hold a run; give a folder"):
+        check_fits(compose(["output=/proc/self/run"]))
 
 
 @pytest.mark.parametrize("fix", ["checkpoint.keep=1", "checkpoint.every=0"])

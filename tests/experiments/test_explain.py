@@ -53,6 +53,12 @@ def test_the_origins_are_named_in_order(capsys: pytest.CaptureFixture) -> None:
     assert "upge.NoMask" in explained(capsys, "algo.terms.rl.estimator.mask", "algo=grpo", part)
 
 
+def test_names_that_are_not_in_the_type_are_listed(capsys: pytest.CaptureFixture) -> None:
+    assert "a string; known names: none, dropped_micro_batches" in explained(capsys, "fault")
+    assert "a list; known names: console, jsonl, tensorboard, trackio, wandb\n" in explained(capsys, "log_to")
+    assert "    values      a string\n" in explained(capsys, "verify.verifier")
+
+
 def test_a_reference_in_a_file_is_named() -> None:
     composed = compose(["algo=hpt"])
     follows = [k for _, layer in composed.layers for k, v in layer.items() if str(v).startswith("${.")]

@@ -156,15 +156,18 @@ def test_the_report_is_refreshed_at_each_evaluation(tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.slow
-def test_a_run_logs_and_continues(tmp_path: Path) -> None:
-    """The command line, with a fake wandb: an interrupted run and its continuation are one run there."""
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_run_logs_and_continues(tmp_path: Path, ranks: int) -> None:
+    """The command line, with a fake wandb: an interrupted run and its continuation are one run, logged by one rank."""
+    pytest.importorskip("tensorboard")
     (tmp_path / "wandb.py").write_text(FAKE)
     path = os.pathsep.join([str(tmp_path), environment().get("PYTHONPATH", "")])
     variables = environment() | {"PYTHONPATH": path, "CALLS": str(tmp_path / "calls.jsonl")}
     folder = tmp_path / "run"
 
     def start(steps: int) -> str:
-        run = command(*SMALL, "algo=sft", f"output={folder}", "log_to=[wandb]", f"steps={steps}", "eval.every=1")
+        settings = ("algo=sft", f"output={folder}", "log_to=[wandb,tensorboard]", f"steps={steps}", "eval.every=1")
+        run = command(*SMALL, *settings, ranks=ranks)
         done = subprocess.run(run, env=variables, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
@@ -179,19 +182,30 @@ def test_a_run_logs_and_continues(tmp_path: Path) -> None:
     assert [step for kind, values, step in (c for c in calls if c[0] == "log") if "loss" in values] == [1, 2]
     assert [step for kind, values, step in (c for c in calls if c[0] == "log") if "eval/greedy" in values] == [0, 1, 2]
     assert [c[1] for c in calls if c[0] == "finish"] == [{"exit_code": 0}] * 2
+    shown, written = events(folder), [line["loss"] for line in read(folder / "metrics.jsonl")]
+    assert len([*(folder / "tensorboard").iterdir()]) == 2
+    assert [one.step for one in shown.Scalars("loss")] == [1, 2]
+    assert [one.value for one in shown.Scalars("loss")] == pytest.approx(written, rel=1e-6)
+    assert [one.step for one in shown.Scalars("eval/greedy")] == [0, 1, 2]
+
+
+def events(folder: Path) -> Any:
+    """What TensorBoard reads from a run's folder."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    read = EventAccumulator(str(folder / "tensorboard"))
+    read.Reload()
+    return read
 
 
 def test_tensorboard_reads_one_run(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     logged(tmp_path / "run", ["tensorboard"], range(1, 6))
     logged(tmp_path / "run", ["tensorboard"], range(3, 7), continues=True)
-    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
-    events.Reload()
-    assert [(one.step, one.value) for one in events.Scalars("loss")] == [(step, step / 2) for step in range(1, 7)]
-    assert [one.step for one in events.Scalars("eval/greedy")] == [0, 2, 4, 6]
-    assert b'"lr": 0.0001' in events.Tensors("config/text_summary")[0].tensor_proto.string_val[0]
+    shown = events(tmp_path / "run")
+    assert [(one.step, one.value) for one in shown.Scalars("loss")] == [(step, step / 2) for step in range(1, 7)]
+    assert [one.step for one in shown.Scalars("eval/greedy")] == [0, 2, 4, 6]
+    assert b'"lr": 0.0001' in shown.Tensors("config/text_summary")[0].tensor_proto.string_val[0]
 
 
 def in_a_process(folder: Path, name: str, **variables: str) -> None:

@@ -71,6 +71,15 @@ def test_the_card_is_written_from_the_run(folder: Path) -> None:
         assert part in body, part
 
 
+def test_a_file_is_named_without_folder_and_suffix(folder: Path) -> None:
+    run = json.loads((folder / "run.json").read_text())
+    names = run["names"] | {"algo": "mine/middle.yaml", "correction": "tis,near/cap.yaml"}
+    (folder / "run.json").write_text(json.dumps(run | {"names": names}))
+    text = card(read_run(folder), "mine")
+    assert OmegaConf.create(text.split("---\n", 2)[1]).tags == ["upge", "middle", "tis", "cap"]
+    assert "trained with `middle+tis+cap`" in text
+
+
 def test_the_card_of_a_run_with_little_on_record(folder: Path) -> None:
     for name in ("evaluations.jsonl", "run.json"):
         (folder / name).unlink()
