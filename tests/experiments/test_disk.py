@@ -73,7 +73,7 @@ def test_a_full_disk_is_refused_at_the_start_and_in_a_dry_run(free, tmp_path):
 
 
 def test_a_folder_that_is_not_on_a_disk_is_refused():
-    with pytest.raises(ConfigError, match=r"^output: /proc/\S* is not on a disk, so it cannot hold a run; give a folder"):
+    with pytest.raises(ConfigError, match=r"^output: /proc/\S* is not on a disk, so it cannot hold a run; give"):
         check_fits(compose(["output=/proc/self/run"]))
 
 
