@@ -42,13 +42,15 @@ def at_equal_cost(
 ) -> tuple[float, dict[str, dict[int, float]]]:
     """The common cost, and label → seed → the measure of its run at that cost.
 
-    The common cost is the smallest total of the finished runs that have this cost at all. Between two evaluations the
-    measure is interpolated linearly in the cost. A run without this cost, such as one that generates no tokens, is
-    read at its end.
+    The common cost is the smallest total of the finished runs of `match.budget` (all variants if it is not given) that
+    have this cost at all. Between two evaluations the measure is interpolated linearly in the cost. A run that costs
+    less in all, such as one that generates no tokens, is read at its end.
     """
     runs = [run for run in folder.sweep.runs if folder.is_trained(run)]
+    counted = folder.sweep.config.match.get("budget") or {run.variant for run in runs}
     spent = {run.slug: {step: costs[cost] for step, costs in cumulative_costs(folder.run(run)).items()} for run in runs}
-    budget = min((total for costs in spent.values() if (total := max(costs.values())) > 0), default=0.0)
+    totals = (max(spent[run.slug].values()) for run in runs if run.variant in counted)
+    budget = min((total for total in totals if total > 0), default=0.0)
     values: dict[str, dict[int, float]] = {}
     for run in runs:
         curve = level_curve(folder.run(run), measure, levels)

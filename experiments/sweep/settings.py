@@ -45,7 +45,7 @@ class SweepConfig(Settings):
     choose: dict = key({}, "sweep: another sweep, run first; key: its best value goes to each run; see docs/sweep.md")
     select: dict = key({}, "key: the grid key whose best value is chosen; measure: the column of runs.csv to choose by")
     baseline: str = key("", "label that the others are tested against; empty = the first")
-    match: dict = key({}, "compare at equal cost: costs, measure, levels (name -> list of levels); see docs/sweep.md")
+    match: dict = key({}, "compare at equal cost: costs, measure, levels (name -> levels), budget; see docs/sweep.md")
     measures: list = key([], "columns of runs.csv for the table and the tests; empty = those of the evaluations")
     jobs: int = key(
         0,
@@ -81,14 +81,17 @@ class SweepConfig(Settings):
     def _check_match(self) -> None:
         if not self.match:
             return
-        if {*self.match} != {"costs", "measure", "levels"}:
-            raise ConfigError(f"match: found the keys {sorted(self.match)}; give costs, measure and levels")
-        costs, levels = self.match["costs"], self.match["levels"]
+        if {*self.match} - {"budget"} != {"costs", "measure", "levels"}:
+            found = f"match: found the keys {sorted(self.match)}"
+            raise ConfigError(f"{found}; give costs, measure and levels, and budget if only some variants set it")
+        costs, levels, budget = self.match["costs"], self.match["levels"], self.match.get("budget", [])
         unknown = [cost for cost in costs if cost not in COSTS] if isinstance(costs, list) else [costs]
         if unknown or not costs:
             raise ConfigError(f"match.costs: found {costs!r}; give a list of {', '.join(COSTS)}")
         if not (isinstance(levels, Mapping) and levels and all(isinstance(v, list) and v for v in levels.values())):
             raise ConfigError(f"match.levels: found {levels!r}; give names with lists of levels below them")
+        if not isinstance(budget, list) or not {*map(str, budget)} <= {*self.variants}:
+            raise ConfigError(f"match.budget: found {budget!r}; give a list of names of variants")
 
     def _check_evaluations(self) -> None:
         for name, keys in self.evaluate.items():

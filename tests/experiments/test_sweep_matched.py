@@ -76,6 +76,14 @@ def test_a_run_is_read_where_it_has_cost_as_much_as_the_cheapest(folder):
     assert values["long"][0] == pytest.approx(0.1 + 0.4 * (15200 / 4600 - 2) / 4)
 
 
+def test_some_variants_set_the_common_cost(folder):
+    folder.sweep.config.match["budget"] = ["long"]
+    budget, values = matched.at_equal_cost(folder, "updates", "mean@2", ["a"])
+    assert budget == 8 and values["long"][0] == pytest.approx(0.6)
+    # The short run costs less in all: its last value.
+    assert values["short"] == pytest.approx({0: 0.2, 1: 0.21, 2: 0.22})
+
+
 def test_tables_have_a_column_per_cost_and_paired_differences(folder):
     means, differences, *_ = matched.matched_grids(folder)
     assert means.header == ("", "updates (4)", "generated tokens (160)", "FLOPs (1.52e+04)")
@@ -99,6 +107,8 @@ def test_a_level_that_no_run_has_is_named(folder):
         ("{costs: [money], measure: x, levels: {a: [b]}}", "match.costs: found"),
         ("{costs: [], measure: x, levels: {a: [b]}}", "match.costs: found"),
         ("{costs: [updates], measure: x, levels: [a]}", "match.levels: found"),
+        ("{costs: [updates], measure: x, levels: {a: [b]}, budget: [c]}", "match.budget: found .* names of variants"),
+        ("{costs: [updates], measure: x, levels: {a: [b]}, budget: a}", "match.budget: found 'a'"),
     ],
 )
 def test_a_wrong_match_is_refused(match, said):
