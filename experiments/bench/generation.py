@@ -98,7 +98,8 @@ def _range(fast: Sequence[float], slow: Sequence[float]) -> str:
 def _model(settings: Settings) -> tuple[str, list[tuple[int, ...]], tuple[int, ...]]:
     """The model's folder, prompts for all rounds, and the tokens that end a response."""
     from experiments.config import compose
-    from experiments.run.prepare import load_prompting, load_splits, with_local_models
+    from experiments.run.prepare import load_prompting, with_local_models
+    from experiments.run.problems import load_splits
 
     data = ["model=tiny", "data=arithmetic"]
     if settings.folder:

@@ -16,14 +16,8 @@ from safetensors import SafetensorError
 
 from experiments.config import compose, presets
 from experiments.diagnose.settings import Chosen
-from experiments.run.prepare import (
-    check_answers,
-    check_length,
-    load_problems,
-    load_prompting,
-    load_sampler,
-    verifier_pool,
-)
+from experiments.run.prepare import check_length, load_prompting, load_sampler, verifier_pool
+from experiments.run.problems import check_answers, load_problems
 from upge import data, rollout
 from upge.data import Example, Prompting
 from upge.errors import ConfigError, DataError, ModelError

@@ -15,7 +15,8 @@ from experiments import hints
 from experiments.config import compose, presets, resolved, suite_tree
 from experiments.evaluate.folder import EvaluationFolder, difference, fingerprint, output_folder
 from experiments.run import answer_check
-from experiments.run.prepare import check_length, check_verifiers, load_prompting, with_rows
+from experiments.run.prepare import check_length, check_verifiers, load_prompting
+from experiments.run.problems import with_rows
 from experiments.run.rewards import check_success
 from upge.config import Settings, from_tree, key, meanings, parse, section, split
 from upge.data import Prompting

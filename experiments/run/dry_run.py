@@ -21,10 +21,10 @@ from experiments.run.prepare import (
     check_length,
     check_stages,
     load_prompting,
-    load_splits,
     output_folder,
     prepare,
 )
+from experiments.run.problems import load_splits
 from experiments.run.rewards import named_rewards
 from experiments.run.workload import planned, pluralize
 from upge import verify

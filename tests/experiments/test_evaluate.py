@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from experiments.evaluate.prepare import keys
-from experiments.run.prepare import suite_problems
+from experiments.run.problems import suite_problems
 from tests.evaluating import SMALL, refused, run, sample_lines, start
 from tests.running import ROOT, lines
 from upge.errors import ConfigError

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 import algorithms
 from experiments.config import MODELS
-from experiments.run.prepare import load_prompting, load_splits
+from experiments.run.prepare import load_prompting
+from experiments.run.problems import load_splits
 from tests.running import ROOT, environment, lines, without_times
 from upge import Pipeline
 from upge.config import from_tree
