@@ -19,19 +19,6 @@ def shown(value: object) -> str:
     return str(value) or '""'
 
 
-def run_values() -> dict[str, list[str]]:
-    """Key of a run → its values as typed, or its list's items; empty where they cannot be listed."""
-    from experiments.run.faults import FAULTS
-    from upge.config import settings
-    from upge.train.alarms import ALARMS
-    from upge.train.config import LOG_TO, RunConfig
-    from upge.train.faults import NONE
-
-    values = {one.name: [*one.values] for one in settings(RunConfig)}
-    named = {"fault": [NONE, *FAULTS], "log_to": [*LOG_TO], "stop.alarms": sorted(ALARMS), "resume": ["auto", "never"]}
-    return values | named
-
-
 def first_comment(path: Path) -> str:
     """What a preset is: the first line of its file, without the mark of the comment."""
     first = path.read_text("utf-8").splitlines()[0]

@@ -16,7 +16,7 @@ def keys() -> dict[str, dict[str, Any]]:
     from experiments.doctor.settings import DoctorConfig
     from experiments.doctor.settings import keys as doctor_keys
     from experiments.evaluate.prepare import EvaluateConfig
-    from experiments.keys import data_keys, run_values
+    from experiments.keys import data_keys
     from experiments.push.__main__ import PushConfig
     from experiments.referee import settings as referee
     from experiments.regret.settings import RegretConfig
@@ -47,6 +47,19 @@ def keys() -> dict[str, dict[str, Any]]:
         "bench": {name: _of(_bench(name).Settings) for name in sorted(BENCHES)},
         "data": {name: _names(row[0] for row in data_keys(name)) for name in presets("data")},
     }
+
+
+def run_values() -> dict[str, list[str]]:
+    """Key of a run → its values as typed, or its list's items; empty where they cannot be listed."""
+    from experiments.run.faults import FAULTS
+    from upge.config import settings
+    from upge.train.alarms import ALARMS
+    from upge.train.config import LOG_TO, RunConfig
+    from upge.train.faults import NONE
+
+    values = {one.name: [*one.values] for one in settings(RunConfig)}
+    named = {"fault": [NONE, *FAULTS], "log_to": [*LOG_TO], "stop.alarms": sorted(ALARMS), "resume": ["auto", "never"]}
+    return values | named
 
 
 def _of(cls: type) -> dict[str, list[str]]:

@@ -10,10 +10,11 @@ from typing import Any
 
 import algorithms
 from experiments import cli, hints
+from experiments.completion.keys import run_values
 from experiments.config import CONFIGS, GROUPS, Composed, compose, known_keys, presets
 from experiments.describe import correction_description
 from experiments.explain.parts import Owner, owner
-from experiments.keys import data_meaning, first_comment, run_values, shown
+from experiments.keys import data_meaning, first_comment, shown
 from upge.config import Setting, settings
 from upge.errors import ConfigError
 from upge.instantiate import TARGET
