@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -218,8 +219,8 @@ def group_of(run: Planned, name: str) -> str:
 def with_choices(sweep: Sweep, values: Mapping[str, Any]) -> Sweep:
     """The sweep with the chosen value in every run.
 
-    A run takes the value of the group `choose.group`, or else of its variant, of the variant's name before a comma, or
-    of its algorithm.
+    A run takes the value of the group `choose.group`, or else of its variant, of the variant's name without what
+    follows its last comma (then the one before), or of its algorithm.
 
     Raises:
         ConfigError: no value was chosen for a run.
@@ -228,8 +229,8 @@ def with_choices(sweep: Sweep, values: Mapping[str, Any]) -> Sweep:
     runs = []
     for run in sweep.runs:
         group = sweep.config.choose.get("group")
-        names = (run.variant, run.variant.partition(",")[0], str(run.keys.get("algo", "")))
-        candidates = (str(group),) if group else names
+        shorter = itertools.accumulate(run.variant.split(","), lambda head, part: f"{head},{part}")
+        candidates = [str(group)] if group else [*reversed([*shorter]), str(run.keys.get("algo", ""))]
         own = next((candidate for candidate in candidates if candidate in values), None)
         if name in run.keys:
             runs.append(run)

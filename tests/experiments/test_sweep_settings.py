@@ -143,6 +143,12 @@ def test_a_choice_goes_to_the_run_it_belongs_to():
     assert {run.keys["steps"] for run in with_choices(grouped, {"B": 3}).runs} == {3}
 
 
+def test_a_choice_is_that_of_the_longest_name_before_a_comma():
+    sweep = load(["variants={'A, fast, 20 + 60': {algo: sft}, 'A, 3': {algo: sft}}", "choose={sweep: x, key: steps}"])
+    chosen = with_choices(sweep, {"A": 1, "A, fast": 2, "sft": 3})
+    assert [run.keys["steps"] for run in chosen.runs] == [2, 1]
+
+
 @pytest.mark.parametrize("name", names())
 def test_their_runs_and_evaluations_compose(name):
     from experiments.sweep.execute import check
