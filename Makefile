@@ -78,6 +78,9 @@ results: env  ## regenerate docs/results.md: all sweeps of the small model and t
 	$(VENV)/bin/python -m experiments.run algo=grpo model=runs/teacher/final $(TAUGHT) data.train_size=510 steps=40 \
 		prompts_per_step=16 group_size=8 optimizer.lr=0 eval.every=-1 checkpoint.every=0 log_rollouts=1 output=runs/teacher-samples
 	$(VENV)/bin/python -m experiments.sweep sweep=distillation --docs
+	test -f runs/tiny-long/README.md || $(VENV)/bin/python -m experiments.pretrain --output runs/tiny-long --longest 8 --steps 3000 --threads 2
+	$(VENV)/bin/python -m experiments.sweep sweep=corrected --docs
+	$(VENV)/bin/python -m experiments.sweep sweep=corrected-rates --report --docs
 	$(VENV)/bin/python -m experiments.sweep sweep=faults --docs
 	$(VENV)/bin/python -m experiments.sweep sweep=staleness --docs
 	$(VENV)/bin/python -m experiments.sweep sweep=mismatch --docs
