@@ -89,5 +89,8 @@ results: env  ## regenerate docs/results.md: all sweeps of the small model and t
 	$(VENV)/bin/python -m experiments.diagnose output=diagnoses/main algos=[sft,dr_grpo,grpo,luffy,srft,hpt] data.train_size=510 \
 		"policies=[before:experiments/models/tiny,after:sweeps/main/runs/HPT/seed-0/final]" \
 		"data.levels=[3 numbers,4 numbers,5 numbers,3 mixed,4 mixed,5 mixed]"
+	$(VENV)/bin/python -m experiments.run algo=hpt model=tiny $(TAUGHT) data.train_size=510 data_policy.demonstrated_prompts=60 \
+		algo.terms.rl.coefficient=8 optimizer.lr=3e-4 optimizer.warmup_steps=5 prompts_per_step=16 group_size=8 steps=120 \
+		output=runs/regret
 	$(VENV)/bin/python -m experiments.regret output=regrets/main $(TAUGHT) data.train_size=510 data.evaluation_size=512 \
-		"policies=[before:experiments/models/tiny,after:sweeps/main/runs/HPT/seed-0/final]" --docs
+		adam_length=0.1 "policies=[before:experiments/models/tiny,after:runs/regret/final]" --docs

@@ -23,7 +23,8 @@ from upge.errors import ConfigError
 from upge.trajectories import Trajectories
 
 #: Sizes of the batch. They differ from each other and from the numbers of micro-batches and ranks, so that a factor of
-#: the gradient names its cause. `LIMIT` is the response limit in tokens.
+#: the gradient names its cause; only the layout with 8 micro-batches has as many of them as there are questions.
+#: `LIMIT` is the response limit in tokens.
 QUESTIONS, GROUP, LENGTH, LIMIT = 8, 3, 7, 11
 
 

@@ -86,7 +86,7 @@ class HeldOut:
     """The held-out data.
 
     Attributes:
-        rollouts: [problems] rollouts of each.
+        rollouts: [problems] rollouts of each, in order of the problems' levels.
         demonstrations: [problems] demonstrations of each, at least one.
         parts: H; problem i belongs to part i mod H.
     """
@@ -139,15 +139,17 @@ def draw(chosen: Chosen, problems: Problems, model: ModelConfig, say: Callable[[
     """
     config, run, group_size = chosen.config, chosen.sample.run, chosen.sample.config.group_size
     length = run.rollout.max_prompt_tokens + run.rollout.max_response_tokens
+    # In order of levels, so that all parts have about the same number of each.
+    held_out = sorted(problems.held_out, key=lambda example: example.problem.level or "")
     with verifier_pool(problems.verifiers, run.verify) as pool:
         draws = Draws(run, problems.prompting, pool, say)
         sampler = load_sampler(model, run.rollout, length, run.seed)
         say(f"rollouts: {sampler.reason}")
         own = draws(sampler, "batches", problems.examples, config.rounds * group_size)
-        others = draws(sampler, "held out", problems.held_out, config.held_out_samples)
+        others = draws(sampler, "held out", held_out, config.held_out_samples)
         sampler.close()
         rewards = pool.rewards
-    shown = [given(q, one, 0, run, rewards)[0] for q, one in enumerate(problems.held_out)]
+    shown = [given(q, one, 0, run, rewards)[0] for q, one in enumerate(held_out)]
     missing = sum(not one for one in shown)
     if missing:
         raise ConfigError(

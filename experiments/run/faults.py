@@ -49,9 +49,9 @@ class _Kind(NamedTuple):
 def _dropped_micro_batches(group_size: int) -> Fault:
     """Only the gradient of an update's last micro-batch survives.
 
-    DeepSpeed's ZeRO 1 and 2 with the optimizer on the CPU and several backward passes per step (DeepSpeed #7981; a
-    similar fault in #7967), and therefore the SFT of published comparisons (arXiv 2604.23747). On several ranks each
-    rank's last micro-batch survives.
+    DeepSpeed's ZeRO 1 and 2 with the optimizer on the CPU and several backward passes per step (DeepSpeed #7967,
+    #7981). With gradient accumulation inside DeepSpeed, as in the published comparisons that arXiv 2604.23747
+    examined, the first one survives as well. On several ranks each rank's last micro-batch survives.
     """
 
     def with_engine(updater: Updater) -> Updater:
@@ -77,7 +77,7 @@ def _mean_of_means(group_size: int) -> Fault:
 def _gradient_over_group(group_size: int) -> Fault:
     """The gradient is divided by the group size once more.
 
-    ms-swift under ZeRO-3 (#10117).
+    Reported of ms-swift under ZeRO-3 (#10117); the referee finds the number of micro-batches as the divisor there.
     """
 
     def with_engine(updater: Updater) -> Updater:
@@ -159,7 +159,7 @@ def _cut_demonstrations(group_size: int) -> Fault:
 
 
 def _k1_in_loss(group_size: int) -> Fault:
-    """The KL penalty is differentiated as k1 = log π_θ/π_0, whose gradient is a score of mean zero.
+    """The KL penalty is differentiated as k1 = log π_θ/π_0, whose expected gradient is zero on-policy.
 
     OpenRLHF (#1309, #797), open-instruct (#534): the estimator that is right in the reward, used as a loss.
     """

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 from experiments.compare.tables import p_text
 from experiments.grid import Grid, Row, ruled
@@ -37,10 +38,22 @@ def missing(folder: SweepFolder) -> list[str]:
     ]
 
 
-def at_equal_cost(
-    folder: SweepFolder, cost: str, measure: str, levels: Sequence[str]
-) -> tuple[float, dict[str, dict[int, float]]]:
-    """The common cost, and label → seed → the measure of its run at that cost.
+class Matched(NamedTuple):
+    """A measure at a common cost.
+
+    Attributes:
+        budget: the common cost.
+        values: label → seed → the measure of its run at that cost.
+        cheaper: the labels of runs that cost less than nine tenths of it in all.
+    """
+
+    budget: float
+    values: Mapping[str, Mapping[int, float]]
+    cheaper: frozenset[str]
+
+
+def at_equal_cost(folder: SweepFolder, cost: str, measure: str, levels: Sequence[str]) -> Matched:
+    """The runs of a sweep at the same cost.
 
     The common cost is the smallest total of the finished runs of `match.budget` (all variants if it is not given) that
     have this cost at all. Between two evaluations the measure is interpolated linearly in the cost. A run that costs
@@ -56,7 +69,8 @@ def at_equal_cost(
         curve = level_curve(folder.run(run), measure, levels)
         if curve:
             values.setdefault(run.label, {})[run.seed] = value_at(curve, spent[run.slug], budget)
-    return budget, values
+    cheaper = frozenset(run.label for run in runs if max(spent[run.slug].values()) < 0.9 * budget)
+    return Matched(budget, values, cheaper)
 
 
 def value_at(curve: Mapping[int, float], spent: Mapping[int, float], budget: float) -> float:
@@ -79,22 +93,25 @@ def level_curve(path: Path, measure: str, levels: Sequence[str]) -> dict[int, fl
     return curve
 
 
-def _means(folder: SweepFolder, name: str, values: Mapping[str, tuple[float, Mapping]]) -> Grid:
+def _means(folder: SweepFolder, name: str, values: Mapping[str, Matched]) -> Grid:
     labels = folder.sweep.labels
-    table = [[_figure(values[cost][1].get(label)) for cost in values] for label in labels]
+    table = [[_figure(one.values.get(label)) for one in values.values()] for label in labels]
     best = [best_places([line[i] for line in table]) for i in range(len(values))]
-    rows = tuple(
-        Row((label, *map(mean_cell_of, line)), frozenset(i + 1 for i in range(len(values)) if place in best[i]))
-        for place, (label, line) in enumerate(zip(labels, table, strict=True))
-    )
+    rows = []
+    for place, (label, line) in enumerate(zip(labels, table, strict=True)):
+        marks = ("*" if label in one.cheaper else "" for one in values.values())
+        cells = (mean_cell_of(figure) + mark for figure, mark in zip(line, marks, strict=True))
+        rows.append(Row((label, *cells), frozenset(i + 1 for i in range(len(values)) if place in best[i])))
     title = f"{name} in % at equal cost, means over seeds ± half a 95 % interval (t)"
-    return Grid(f"matched-{name}", title, ("", *_headings(values)), rows)
+    if any(one.cheaper for one in values.values()):
+        title += "; * = costs less in all and is read at its end"
+    return Grid(f"matched-{name}", title, ("", *_headings(values)), tuple(rows))
 
 
-def _differences(folder: SweepFolder, name: str, values: Mapping[str, tuple[float, Mapping]]) -> Grid:
+def _differences(folder: SweepFolder, name: str, values: Mapping[str, Matched]) -> Grid:
     """Paired differences to the baseline; Holm's adjustment over the labels of one cost."""
     baseline, rows = folder.sweep.baseline, []
-    for cost, (_, by_label) in values.items():
+    for cost, (_, by_label, _) in values.items():
         tests = {
             label: paired_t(by_label[label], by_label.get(baseline, {}))
             for label in folder.sweep.labels
@@ -112,8 +129,8 @@ def _differences(folder: SweepFolder, name: str, values: Mapping[str, tuple[floa
     return Grid(f"matched-{name}-differences", title, ("cost", "", "difference", "p", "p (Holm)"), ruled(rows), 2)
 
 
-def _headings(values: Mapping[str, tuple[float, Mapping]]) -> list[str]:
-    return [f"{COSTS[cost]} ({budget:.3g})" for cost, (budget, _) in values.items()]
+def _headings(values: Mapping[str, Matched]) -> list[str]:
+    return [f"{COSTS[cost]} ({one.budget:.3g})" for cost, one in values.items()]
 
 
 def _figure(by_seed: Mapping[int, float] | None) -> Figure | None:

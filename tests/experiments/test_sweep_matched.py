@@ -60,34 +60,35 @@ def test_costs_add_up_over_the_steps(folder):
 
 
 def test_a_run_is_read_where_it_has_cost_as_much_as_the_cheapest(folder):
-    budget, values = matched.at_equal_cost(folder, "updates", "mean@2", ["a", "b"])
+    budget, values, cheaper = matched.at_equal_cost(folder, "updates", "mean@2", ["a", "b"])
     # Levels have equal weights: 0.1 above level a. The long run is halfway between its evaluations at 2 and 6.
     assert budget == 4
     assert values["short"] == pytest.approx({0: 0.3, 1: 0.31, 2: 0.32})
     assert values["long"] == pytest.approx({0: 0.4, 1: 0.41, 2: 0.42})
     assert values["sft"] == pytest.approx({0: 0.3, 1: 0.3, 2: 0.3})
     # 4 · 40 = 160 tokens are two steps of 80; sft generates none and is read at its end.
-    budget, values = matched.at_equal_cost(folder, "generated_tokens", "mean@2", ["a", "b"])
+    budget, values, cheaper = matched.at_equal_cost(folder, "generated_tokens", "mean@2", ["a", "b"])
     assert budget == 160
     assert values["long"] == pytest.approx({0: 0.2, 1: 0.21, 2: 0.22})
-    assert values["sft"] == pytest.approx({0: 0.5, 1: 0.5, 2: 0.5})
+    assert values["sft"] == pytest.approx({0: 0.5, 1: 0.5, 2: 0.5}) and cheaper == {"sft"}
     # 4 · 3800 = 15200 operations are 15200/4600 = 3.304 steps of the long run.
-    budget, values = matched.at_equal_cost(folder, "flops", "mean@2", ["a"])
+    budget, values, cheaper = matched.at_equal_cost(folder, "flops", "mean@2", ["a"])
     assert values["long"][0] == pytest.approx(0.1 + 0.4 * (15200 / 4600 - 2) / 4)
 
 
 def test_some_variants_set_the_common_cost(folder):
     folder.sweep.config.match["budget"] = ["long"]
-    budget, values = matched.at_equal_cost(folder, "updates", "mean@2", ["a"])
+    budget, values, cheaper = matched.at_equal_cost(folder, "updates", "mean@2", ["a"])
     assert budget == 8 and values["long"][0] == pytest.approx(0.6)
     # The short run costs less in all: its last value.
-    assert values["short"] == pytest.approx({0: 0.2, 1: 0.21, 2: 0.22})
+    assert values["short"] == pytest.approx({0: 0.2, 1: 0.21, 2: 0.22}) and cheaper == {"short"}
 
 
 def test_tables_have_a_column_per_cost_and_paired_differences(folder):
     means, differences, *_ = matched.matched_grids(folder)
     assert means.header == ("", "updates (4)", "generated tokens (160)", "FLOPs (1.52e+04)")
     assert [row.cells[:2] for row in means.rows] == [("short", "31.0 ± 2.5"), ("long", "41.0 ± 2.5"), ("sft", "30.0")]
+    assert means.rows[2].cells[2] == "50.0*" and "* = costs less in all" in means.title
     assert means.rows[1].bold == {1} and means.rows[2].bold == {2, 3}
     # Differences of 0.1 with every seed leave no p; those of sft are 0, -0.01, -0.02: t = -0.01/(0.01/√3).
     assert differences.rows[0].cells == ("updates", "long", "+10.0", "–", "–")
