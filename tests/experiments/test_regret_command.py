@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 from types import SimpleNamespace
@@ -109,3 +110,23 @@ def test_help_lists_own_and_shared_keys():
 def test_equal_gates_share_a_row():
     one, other = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.5, 0.0]])
     assert list(merged({"a": one, "c": other, "b": one, "w": one}, exclude=["w"])) == ["a, b", "c"]
+
+
+def test_every_part_has_all_levels(monkeypatch):
+    """The evaluation side alternates between its levels; with as many parts as levels each part would have only one."""
+    examples = [SimpleNamespace(problem=SimpleNamespace(level=level)) for level in "abc" * 4]
+    drawn = lambda sampler, which, examples, count: [[example.problem.level] for example in examples]  # noqa: E731
+    monkeypatch.setattr(measuring, "Draws", lambda *_: drawn)
+    monkeypatch.setattr(measuring, "verifier_pool", lambda *_: contextlib.nullcontext(SimpleNamespace(rewards=())))
+    monkeypatch.setattr(measuring, "load_sampler", lambda *_: SimpleNamespace(reason="", close=lambda: None))
+    monkeypatch.setattr(measuring, "given", lambda q, example, *_: ([example.problem.level], []))
+    monkeypatch.setattr(measuring, "Group", lambda *_: None)
+    rollout = SimpleNamespace(max_prompt_tokens=1, max_response_tokens=1)
+    run = SimpleNamespace(rollout=rollout, verify=None, seed=0)
+    sample = SimpleNamespace(run=run, config=SimpleNamespace(group_size=1))
+    chosen = SimpleNamespace(sample=sample, config=SimpleNamespace(rounds=1, held_out_samples=1, parts=3))
+    problems = SimpleNamespace(verifiers=(), prompting=None, examples=examples, held_out=examples)
+    _, held_out = measuring.draw(chosen, problems, None, lambda _: None)
+    for part in range(3):
+        assert {held_out.rollouts[i][0] for i in held_out.members(part)} == {"a", "b", "c"}
+        assert all(held_out.rollouts[i] == held_out.demonstrations[i] for i in held_out.members(part))
